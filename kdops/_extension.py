@@ -1,0 +1,28 @@
+"""Loads the compiled extension ``kdops._C``: a missing one is remembered, a broken one raises."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import ModuleType
+
+
+def _load() -> ModuleType | None:
+    if importlib.util.find_spec("kdops._C") is None:
+        return None
+    try:
+        from kdops import _C
+    except ImportError as error:
+        raise ImportError(
+            "kdops: the compiled extension kdops._C does not load. It was built for another PyTorch, most likely: "
+            "reinstall kdops with 'pip install --no-build-isolation --force-reinstall --no-deps .' "
+            f"(the loader said: {error})"
+        ) from error
+    return _C
+
+
+extension: ModuleType | None = _load()
+
+
+def build_info() -> dict[str, str] | None:
+    """What ``kdops._C`` was built with, or None where it was not built."""
+    return None if extension is None else dict(extension.build_info())

@@ -1,0 +1,255 @@
+"""The boundary to PyTorch: schema, fake kernel, autograd and choice of backend, once for every loss.
+
+A loss is two operators, ``kdops::NAME`` and ``kdops::NAME_backward``. Kernels implement them for a dispatch key: C++
+for CPU (``kdops._C``), Triton for CUDA. Eager calls go through one `torch.autograd.Function` straight to the kernel,
+which costs the host less than the dispatcher's own autograd; torch.compile sees the registered operators.
+
+Where the gradient is computed. `Save.STATS`: the forward keeps a few statistics per row and the backward computes the
+gradient from them, student and teacher. `Save.GRADS`: the forward computes the gradient while a channel is still in
+the cache, and the backward only multiplies it by grad_output. On a CPU the second reads the maps from memory once, so
+it is taken wherever it gives the same numbers: not for reduction "none" (grad_output differs per row) and not for
+fp16 (whose gradients underflow before a GradScaler's factor reaches them). On a GPU the streaming kernels move the
+same bytes either way, so the first is taken.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdops import _extension
+
+library = torch.library.Library("kdops", "DEF")
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+class Save(IntEnum):
+    """What the forward keeps for the backward."""
+
+    NOTHING = 0
+    STATS = 1
+    GRADS = 2
+
+
+class FusedLoss:
+    """One fused loss as the dispatcher sees it.
+
+    Args:
+        name: of the operator, of the Triton module, and in error texts.
+        parameters: the schema of its scalar parameters, without the reduction that follows them.
+        fields: statistics per unit that `Save.STATS` keeps.
+        units: how many values reduction "none" has for a student level: rows or channels.
+    """
+
+    def __init__(self, name: str, parameters: str, fields: int, units: Callable[[Tensor], int]) -> None:
+        self.name, self.fields, self.units = name, fields, units
+        maps = "Tensor[] student, Tensor[] teacher"
+        library.define(f"{name}({maps}, {parameters}, int reduction, int save) -> (Tensor loss, Tensor stats, Tensor[] grads)")
+        library.define(
+            f"{name}_backward(Tensor grad_output, {maps}, Tensor stats, {parameters}, int reduction) -> Tensor[]"
+        )
+        for op, function in ((name, "forward"), (f"{name}_backward", "backward")):
+            library.impl(op, _triton_kernel(name, function), "CUDA")
+        torch.library.register_fake(f"kdops::{name}", self._fake_forward, lib=library)
+        torch.library.register_fake(f"kdops::{name}_backward", _fake_backward, lib=library)
+        torch.library.register_autograd(
+            f"kdops::{name}", self._compiled_backward, setup_context=self._setup_context, lib=library
+        )
+        self.forward = getattr(torch.ops.kdops, name).default
+        self.backward = getattr(torch.ops.kdops, f"{name}_backward").default
+
+    def __call__(self, student: list[Tensor], teacher: list[Tensor], *parameters: Any) -> Tensor:
+        """The loss of checked inputs: a scalar, or for reduction "none" the values of all levels in one vector."""
+        save = _what_to_save(student, reduction=parameters[-1])
+        if torch.compiler.is_compiling():
+            return self.forward(student, teacher, *parameters, save)[0]
+        if save == Save.NOTHING:
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.forward(student, teacher, *parameters, save)[0]
+        anchor = (_Anchor.apply(*student),) if save == Save.GRADS else ()
+        return _Eager.apply(self, parameters, save, anchor, *student, *teacher)
+
+    def _fake_forward(self, student: list[Tensor], teacher: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+        *_, reduction, save = args
+        units = sum(self.units(s) for s in student)
+        like = student[0]
+        dtype = accumulation_dtype(student, teacher)
+        loss = like.new_empty((units,) if reduction == 2 else (), dtype=dtype)
+        stats = like.new_empty((self.fields, units) if save == Save.STATS else (0,), dtype=dtype)
+        return loss, stats, [torch.empty_like(s) for s in student] if save == Save.GRADS else []
+
+    @staticmethod
+    def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        student, teacher, *ctx.parameters, ctx.save = inputs
+        _, stats, grads = output
+        ctx.levels = len(student)
+        ctx.save_for_backward(*(grads if ctx.save == Save.GRADS else (stats, *student, *teacher)))
+
+    def _compiled_backward(self, ctx: Any, grad_output: Tensor, _stats: Any, _grads: Any) -> tuple:
+        if ctx.save == Save.GRADS:
+            grads = torch.ops.kdops.scale_gradients(list(ctx.saved_tensors), grad_output)
+        else:
+            stats, *maps = ctx.saved_tensors
+            student, teacher = maps[: ctx.levels], maps[ctx.levels :]
+            grads = self.backward(grad_output, student, teacher, stats, *ctx.parameters)
+        return (list(grads), [None] * ctx.levels, *(None for _ in ctx.parameters), None)
+
+
+class _Eager(torch.autograd.Function):
+    """The short way of eager calls: kernels below autograd, one node for all levels."""
+
+    @staticmethod
+    def forward(ctx: Any, op: FusedLoss, parameters: tuple, save: Save, anchor: tuple[Tensor, ...], *maps: Tensor) -> Tensor:
+        levels = len(maps) // 2
+        with torch._C._AutoDispatchBelowAutograd():
+            loss, stats, grads = op.forward(list(maps[:levels]), list(maps[levels:]), *parameters, save)
+        ctx.op, ctx.parameters, ctx.save, ctx.anchor, ctx.levels = op, parameters, save, anchor, levels
+        ctx.save_for_backward(*(grads if save == Save.GRADS else (stats, *maps)))
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple:
+        levels, saved = ctx.levels, ctx.saved_tensors
+        with torch._C._AutoDispatchBelowAutograd():
+            if ctx.save == Save.GRADS:
+                anchors, grads = ctx.anchor, _scaled(list(saved), grad_output)
+            else:
+                student, teacher = list(saved[1 : 1 + levels]), list(saved[1 + levels :])
+                anchors, grads = student, ctx.op.backward(grad_output, student, teacher, saved[0], *ctx.parameters)
+        if torch.is_grad_enabled():  # create_graph: a second derivative may be asked for later
+            grads = _RefuseDoubleBackward.apply(ctx.op.name, levels, *grads, *anchors, grad_output)
+        needed = ctx.needs_input_grad[4 : 4 + levels]
+        return (None,) * 4 + tuple(g if need else None for g, need in zip(grads, needed)) + (None,) * levels
+
+
+class _Anchor(torch.autograd.Function):
+    """An empty tensor that hangs on the students in the graph without keeping their data."""
+
+    @staticmethod
+    def forward(ctx: Any, *student: Tensor) -> Tensor:
+        return student[0].new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return (None,) * len(ctx.needs_input_grad)
+
+
+class _RefuseDoubleBackward(torch.autograd.Function):
+    """Passes gradients on and hangs them on the inputs they depend on, so that differentiating them raises."""
+
+    @staticmethod
+    def forward(ctx: Any, name: str, levels: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.name = name
+        return tuple(t.view_as(t) for t in tensors[:levels])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple:
+        raise RuntimeError(
+            f"{ctx.name}: double backward is not supported by the fused kernels: the gradient is not differentiable. "
+            'Use backend="reference" where a second derivative is needed.'
+        )
+
+
+def resolve(loss: str, backend: str, device: torch.device) -> str:
+    """Which implementation runs: "fused" or "reference". "auto" on a CPU without the extension says so, once."""
+    if backend == "reference":
+        return backend
+    reason = unavailable(device)
+    if reason is None:
+        return "fused"
+    if backend == "fused":
+        raise RuntimeError(f'{loss}: backend="fused" has no kernel for device {device}: {reason}')
+    if device.type == "cuda":
+        raise RuntimeError(f'{loss}: no kernel for device {device}: {reason}. Ask for backend="reference" to run without it')
+    _say_once(f"kdops: running the eager reference on {device.type}, as {reason}")
+    return "reference"
+
+
+def unavailable(device: torch.device) -> str | None:
+    """Why there is no kernel for a device, or None where there is one."""
+    if device.type == "cpu":
+        if _extension.extension is None:
+            return "the extension kdops._C was not built (no C++ compiler at installation?)"
+        return None
+    if device.type == "cuda":
+        return None if _HAS_TRITON else "triton is not installed"
+    return f"kdops has kernels for cpu and cuda only, not for {device.type}"
+
+
+def reduce(values: list[Tensor], reduction: str, single: bool) -> Tensor | list[Tensor]:
+    """The reference's reduction of the values of each level."""
+    if reduction == "none":
+        return values[0] if single else values
+    per_level = [v.mean() if reduction == "mean" else v.sum() for v in values]
+    return per_level[0] if single else torch.stack(per_level).sum()
+
+
+def split(values: Tensor, shapes: Sequence[Sequence[int]], single: bool) -> Tensor | list[Tensor]:
+    """The fused loss's vector of values, level by level."""
+    if single:
+        return values.view(*shapes[0])
+    sizes = [math.prod(shape) for shape in shapes]
+    return [v.view(*shape) for v, shape in zip(values.split(sizes), shapes)]
+
+
+def accumulation_dtype(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> torch.dtype:
+    """fp64 where any map is fp64, else fp32."""
+    wide = any(x.dtype == torch.float64 for x in (*student, *teacher))
+    return torch.float64 if wide else torch.float32
+
+
+def _what_to_save(student: Sequence[Tensor], reduction: int) -> Save:
+    if not (torch.is_grad_enabled() and any(s.requires_grad for s in student)):
+        return Save.NOTHING
+    in_forward = student[0].device.type == "cpu" and reduction != 2
+    return Save.GRADS if in_forward and all(s.dtype != torch.float16 for s in student) else Save.STATS
+
+
+def _scaled(grads: list[Tensor], grad_output: Tensor) -> list[Tensor]:
+    """The saved gradients times grad_output: in place where this backward is the last that can need them."""
+    if torch._C._autograd._get_current_graph_task_keep_graph():
+        return torch.ops.kdops.scale_gradients.default(grads, grad_output)
+    torch.ops.kdops.scale_gradients_.default(grads, grad_output)
+    return grads
+
+
+def _fake_backward(grad_output: Tensor, student: list[Tensor], *args: Any) -> list[Tensor]:
+    return [torch.empty_like(s) for s in student]
+
+
+def _triton_kernel(module: str, function: str) -> Callable:
+    """A launcher that is imported at the first call, so that a CPU-only user never imports triton."""
+    launcher: list[Callable] = []
+
+    def call(*args: Any) -> Any:
+        if not launcher:
+            launcher.append(getattr(importlib.import_module(f"kdops._triton.{module}"), function))
+        return launcher[0](*args)
+
+    return call
+
+
+_said: set[str] = set()
+
+
+def _say_once(text: str) -> None:
+    if text not in _said:
+        _said.add(text)
+        warnings.warn(text, stacklevel=4)
+
+
+library.define("scale_gradients(Tensor[] grads, Tensor grad_output) -> Tensor[]")
+library.define("scale_gradients_(Tensor(a!)[] grads, Tensor grad_output) -> ()")
+library.impl("scale_gradients", _triton_kernel("scale", "scale_gradients"), "CUDA")
+torch.library.register_fake(
+    "kdops::scale_gradients", lambda grads, grad_output: [torch.empty_like(g) for g in grads], lib=library
+)
+torch.library.register_fake("kdops::scale_gradients_", lambda grads, grad_output: None, lib=library)
