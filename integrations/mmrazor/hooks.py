@@ -1,0 +1,96 @@
+"""Hooks for MMRazor's SingleTeacherDistill and FpnTeacherDistill."""
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from mmrazor.engine import SingleTeacherDistillValLoop
+from mmrazor.models.task_modules import RecorderManager
+from mmrazor.registry import HOOKS
+from torch import Tensor, nn
+
+from kdops.integrations.mmengine.stop import StopHook, release_storage
+
+
+class StoppedTeacher(nn.Module):
+    """Stands where the teacher was: MMRazor's algorithms still call it, and it computes nothing."""
+
+    def extract_feat(self, batch_inputs: Tensor) -> tuple:
+        return ()
+
+    def forward(self, batch_inputs: Tensor, data_samples: Any = None, mode: str = "tensor") -> dict:
+        return {}
+
+
+@HOOKS.register_module()
+class KDOpsStopDistillHook(StopHook):
+    """MMRazor's `StopDistillHook` that also stops the teacher's forward and frees the teacher and the connectors.
+
+    Accepts the spelling of the class (``stop_epoch``) and of the published README (``detach_epoch``), and
+    ``stop_iter``. From then on a step costs what the student alone costs, and neither the model's state dict nor its
+    parameters hold anything but the student; ``find_unused_parameters`` is not needed.
+
+    A teacher that SingleTeacherDistillValLoop validates is kept for it, and only its part in training ends.
+
+    Args:
+        stop_epoch: first epoch (from 0) without distillation.
+        detach_epoch: another name for ``stop_epoch``.
+        stop_iter: first iteration (from 0) without distillation.
+
+    Raises:
+        ValueError, TypeError: as `StopHook`; TypeError if the runner's model is no distillation algorithm of MMRazor.
+    """
+
+    def stop(self, runner: Runner) -> None:
+        self._keeps_teacher = isinstance(runner.val_loop, SingleTeacherDistillValLoop)
+        if self._keeps_teacher and not self.stopped:
+            print_log(
+                "kdops: the teacher stays in memory, for SingleTeacherDistillValLoop validates it",
+                logger=runner.logger, level=logging.WARNING)
+        super().stop(runner)
+
+    def stop_model(self, model: nn.Module) -> None:
+        for attribute in ("distillation_stopped", "teacher", "distiller"):
+            if not hasattr(model, attribute):
+                raise TypeError(
+                    f"KDOpsStopDistillHook: the model must be a distillation algorithm of MMRazor, got "
+                    f"{type(model).__name__} without {attribute}"
+                )
+        model.distillation_stopped = True
+        _forget_records(model.distiller)
+        for parameter in model.distiller.parameters():
+            parameter.grad = None
+        model.distiller.connectors = nn.ModuleDict()
+        model.distiller.distill_losses = nn.ModuleDict()
+        if not self._keeps_teacher:
+            release_storage(model.teacher)
+        model.teacher = StoppedTeacher()
+
+
+def _forget_records(distiller: nn.Module) -> None:
+    """Empty MMRazor's recorders, which keep the last step's maps alive, and record nothing from now on."""
+    for name in ("student_recorders", "teacher_recorders"):
+        for recorder in getattr(distiller, name).recorders.values():
+            recorder.reset_data_buffer()
+        setattr(distiller, name, RecorderManager())
+
+
+@HOOKS.register_module()
+class KDOpsTeacherEvalHook(Hook):
+    """Keeps MMRazor's teacher wholly in eval mode while the student trains.
+
+    MMRazor puts the teacher's BatchNorm layers in eval and leaves the rest in training mode, so that the drop-path of
+    a Swin teacher, or its dropout, adds noise to what the student learns from.
+    """
+
+    priority = "LOW"
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        # The loop calls model.train() at each epoch and after each validation, which sets this flag again.
+        if model.teacher.training:
+            model.teacher.eval()
