@@ -1,0 +1,28 @@
+"""The training side: a frozen teacher beside any PyTorch training loop."""
+
+from kdops.distill.distiller import Distiller, DistillLoss
+from kdops.distill.schedules import (
+    ConstantWeight,
+    CosineWeight,
+    LinearWeight,
+    StopDistillation,
+    WarmupWeight,
+    WeightSchedule,
+)
+from kdops.distill.taps import Tap
+from kdops.distill.wrapper import DistilledOutput, DistilledStudent, exclude_from_ddp
+
+__all__ = [
+    "ConstantWeight",
+    "CosineWeight",
+    "DistillLoss",
+    "DistilledOutput",
+    "DistilledStudent",
+    "Distiller",
+    "LinearWeight",
+    "StopDistillation",
+    "Tap",
+    "WarmupWeight",
+    "WeightSchedule",
+    "exclude_from_ddp",
+]
