@@ -1,0 +1,374 @@
+"""Device code of channel-wise distillation: every pass, and the bytes it moves per element of one map.
+
+    pass                     reads     writes   fp32   bf16
+    cwd_moments  (norm)      S, T      parts     8 B    4 B   mean, M2 and maximum of each row
+    cwd_merge    (norm)      parts     stats                  Chan's merge over each channel, a small launch
+    cwd_sums     (norm)      S, T      parts     8 B    4 B   exponential sums of each row
+    cwd_online   (no norm)   S, T      parts     8 B    4 B   the same with a running maximum, in one pass
+    cwd_finish               parts     stats                  only where rows are split over programs
+    cwd_gradient             S, T      dS       12 B    6 B
+
+Forward and backward together: 28 B (bf16 14 B) with a normalisation, 20 B (10 B) without; the floor of any
+implementation is 12 B (6 B). cwd_sums walks its programs backwards, to begin with what cwd_moments left in the cache.
+These are counts: none of the kernels has been run on a GPU yet.
+
+With p = exp(k (x - max)) / Z and k = r / tau, the divergence of a row is E_T[k_T (t - m_T) - k_S (s - m_S)] +
+ln(Z_S / Z_T), whose terms stay small whatever the mean of the maps. Parts are combined in a fixed order.
+"""
+
+import triton
+import triton.language as tl
+
+from kdops._triton.statistics import merge_lanes, merge_parts, scale_of, welford
+from kdops._triton.tiles import (
+    ALIGNED,
+    C_FIELD,
+    CHANNEL0,
+    GRADIENT,
+    LEVEL_FIELDS,
+    N_FIELD,
+    PART0,
+    ROW0,
+    STUDENT,
+    TEACHER,
+    W_FIELD,
+    as_double,
+    bounds,
+    exp2,
+    lane_counts,
+    level_sizes,
+    load_tile,
+    position_offsets,
+    position_strides,
+    positions,
+    row_pointers,
+    tile_rows,
+)
+
+# Fields of `stats`, [R] each; the first four are equal in all rows of a channel.
+MEAN_S, R_S, R_T, Q_S = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+MAX_S, MAX_T, Z_S, Z_T, DOT = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
+_LOG2E = tl.constexpr(1.4426950408889634)
+_INF = tl.constexpr(float("inf"))
+_NAN = tl.constexpr(float("nan"))
+
+
+@triton.jit
+def _moments(level, parts, total_parts, chunk,
+             S_TYPE: tl.constexpr, T_TYPE: tl.constexpr, ACC: tl.constexpr, S_MODE: tl.constexpr, T_MODE: tl.constexpr,
+             ORDER: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+             POSITIONS: tl.constexpr):  # fmt: skip
+    N, C, P = level_sizes(level)
+    W = tl.load(level + W_FIELD)
+    n, c, exists, split, start, stop = tile_rows(tl.program_id(0), N, C, P, chunk, ORDER, VEC, ROWS)
+    exists = tl.expand_dims(exists, 1)
+    s_rows = row_pointers(level, STUDENT, n, c, S_TYPE, ORDER, S_MODE, VEC)
+    t_rows = row_pointers(level, TEACHER, n, c, T_TYPE, ORDER, T_MODE, VEC)
+    s_h, s_w = position_strides(level, STUDENT, ORDER, S_MODE, VEC)
+    t_h, t_w = position_strides(level, TEACHER, ORDER, T_MODE, VEC)
+    s_first = tl.load(s_rows, mask=exists, other=0.0).to(ACC)
+    t_first = tl.load(t_rows, mask=exists, other=0.0).to(ACC)
+    s_mean = tl.zeros([ROWS, POSITIONS], ACC) + s_first
+    t_mean = tl.zeros([ROWS, POSITIONS], ACC) + t_first
+    s_m2 = tl.zeros([ROWS, POSITIONS], ACC)
+    t_m2 = tl.zeros([ROWS, POSITIONS], ACC)
+    s_max = tl.full([ROWS, POSITIONS], -_INF, ACC)
+    t_max = tl.full([ROWS, POSITIONS], -_INF, ACC)
+    count = tl.zeros([1, 1], ACC)
+    begin, end = bounds(start, stop, WIDE)
+    for p0 in range(begin, end, POSITIONS):
+        p, p_exists = positions(p0, P, ORDER, VEC, POSITIONS, WIDE)
+        mask = exists & tl.expand_dims(p_exists, 0)
+        s = load_tile(s_rows, p, mask, W, s_h, s_w, ORDER, S_MODE, ACC)
+        t = load_tile(t_rows, p, mask, W, t_h, t_w, ORDER, T_MODE, ACC)
+        count += 1.0
+        s_mean, s_m2 = welford(s, mask, s_mean, s_m2, 1.0 / count)
+        t_mean, t_m2 = welford(t, mask, t_mean, t_m2, 1.0 / count)
+        s_max = tl.maximum(s_max, tl.where(mask, s, -_INF))
+        t_max = tl.maximum(t_max, tl.where(mask, t, -_INF))
+    counts = lane_counts(start, stop, POSITIONS).to(ACC)
+    total = (stop - start).to(ACC)
+    s_mean, s_m2 = merge_lanes(s_mean, s_m2, s_first, counts, total)
+    t_mean, t_m2 = merge_lanes(t_mean, t_m2, t_first, counts, total)
+    out = parts + tl.load(level + PART0) + tl.expand_dims((split * N + n).to(tl.int64) * C + c, 1)
+    tl.store(out, s_mean, mask=exists)
+    tl.store(out + total_parts, s_m2, mask=exists)
+    tl.store(out + total_parts * 2, t_mean, mask=exists)
+    tl.store(out + total_parts * 3, t_m2, mask=exists)
+    tl.store(out + total_parts * 4, tl.expand_dims(tl.max(s_max, 1), 1), mask=exists)
+    tl.store(out + total_parts * 5, tl.expand_dims(tl.max(t_max, 1), 1), mask=exists)
+
+
+@triton.jit(do_not_specialize=["total_parts", "chunk"])
+def cwd_moments(table, parts, total_parts: tl.int64, chunk: tl.int64,
+                S_TYPE: tl.constexpr, T_TYPE: tl.constexpr, ACC: tl.constexpr, S_MODE: tl.constexpr,
+                T_MODE: tl.constexpr, ORDER: tl.constexpr, VEC: tl.constexpr, MIXED: tl.constexpr, WIDE: tl.constexpr,
+                ROWS: tl.constexpr, POSITIONS: tl.constexpr):  # fmt: skip
+    """Mean, M2 and maximum of student and teacher for each row, or each split of a row."""
+    level = table + tl.program_id(1) * LEVEL_FIELDS
+    for unaligned in tl.static_range(1 + MIXED):
+        if tl.load(level + ALIGNED) != unaligned:
+            _moments(level, parts, total_parts, chunk, S_TYPE, T_TYPE, ACC, S_MODE, T_MODE, ORDER,
+                     1 if unaligned else VEC, WIDE, ROWS, POSITIONS)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["total_parts", "total_rows", "chunk", "eps"])
+def cwd_merge(table, parts, stats, total_parts: tl.int64, total_rows: tl.int64, chunk: tl.int64, eps: tl.int64,
+              ACC: tl.constexpr, NORM: tl.constexpr, CHANNELS: tl.constexpr, ENTRIES: tl.constexpr):  # fmt: skip
+    """Statistics of whole channels, written to each of their rows, and the maximum of each row."""
+    level = table + tl.program_id(1) * LEVEL_FIELDS
+    N, C, P = level_sizes(level)
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = c < C
+    parts += tl.load(level + PART0)
+    chunk = chunk.to(tl.int64)
+    s_mean, s_m2 = merge_parts(parts, total_parts, c, exists, N, C, P, chunk, ACC, CHANNELS, ENTRIES)
+    t_mean, t_m2 = merge_parts(parts + 2 * total_parts, total_parts, c, exists, N, C, P, chunk, ACC, CHANNELS, ENTRIES)
+    count = (P * N).to(ACC)
+    s_r, s_q = scale_of(s_m2, count, as_double(eps).to(ACC), NORM)
+    t_r, t_q = scale_of(t_m2, count, as_double(eps).to(ACC), NORM)
+    splits = tl.cdiv(P, chunk).to(tl.int32)
+    zero = tl.zeros([CHANNELS, ENTRIES], ACC)
+    for n0 in range(0, N, ENTRIES):
+        n = tl.expand_dims(n0 + tl.arange(0, ENTRIES), 0)
+        mask = tl.expand_dims(exists, 1) & (n < N)
+        row = n.to(tl.int64) * C + tl.expand_dims(c, 1)
+        s_max = tl.full([CHANNELS, ENTRIES], -_INF, ACC)
+        t_max = tl.full([CHANNELS, ENTRIES], -_INF, ACC)
+        for split in range(0, splits):
+            part = parts + split * (N.to(tl.int64) * C) + row
+            s_max = tl.maximum(s_max, tl.load(part + 4 * total_parts, mask=mask, other=0.0))
+            t_max = tl.maximum(t_max, tl.load(part + 5 * total_parts, mask=mask, other=0.0))
+        out = stats + tl.load(level + ROW0) + row
+        tl.store(out + total_rows * MEAN_S, s_mean + zero, mask=mask)
+        tl.store(out + total_rows * R_S, s_r + zero, mask=mask)
+        tl.store(out + total_rows * R_T, t_r + zero, mask=mask)
+        tl.store(out + total_rows * Q_S, s_q + zero, mask=mask)
+        tl.store(out + total_rows * MAX_S, s_max, mask=mask)
+        tl.store(out + total_rows * MAX_T, t_max, mask=mask)
+
+
+@triton.jit
+def row_weight(level, weight, tau, ACC: tl.constexpr, MEAN: tl.constexpr, POWER: tl.constexpr):
+    """loss_weight * tau^POWER, over N*C for the mean."""
+    scale = as_double(weight) * as_double(tau)
+    if POWER == 2:
+        scale *= as_double(tau)
+    if MEAN:
+        scale /= (tl.load(level + N_FIELD) * tl.load(level + C_FIELD)).to(tl.float64)
+    return scale.to(ACC)
+
+
+@triton.jit
+def _close_rows(stat, losses, total_rows, mask, z_s, z_t, divergence, dot, weight):
+    """Stores what the second pass adds to the statistics, and the weighted loss of the rows."""
+    tl.store(stat + total_rows * Z_S, z_s, mask=mask)
+    tl.store(stat + total_rows * Z_T, z_t, mask=mask)
+    tl.store(stat + total_rows * DOT, dot, mask=mask)
+    tl.store(losses, weight * (divergence + tl.log(z_s / z_t)), mask=mask)
+
+
+@triton.jit
+def _sums(level, unit, stats, losses, parts, total_rows, total_parts, chunk, weight, tau,
+          S_TYPE: tl.constexpr, T_TYPE: tl.constexpr, ACC: tl.constexpr, S_MODE: tl.constexpr, T_MODE: tl.constexpr,
+          ORDER: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr,
+          SPLIT: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
+    N, C, P = level_sizes(level)
+    W = tl.load(level + W_FIELD)
+    n, c, exists, split, start, stop = tile_rows(unit, N, C, P, chunk, ORDER, VEC, ROWS)
+    exists = tl.expand_dims(exists, 1)
+    s_rows = row_pointers(level, STUDENT, n, c, S_TYPE, ORDER, S_MODE, VEC)
+    t_rows = row_pointers(level, TEACHER, n, c, T_TYPE, ORDER, T_MODE, VEC)
+    s_h, s_w = position_strides(level, STUDENT, ORDER, S_MODE, VEC)
+    t_h, t_w = position_strides(level, TEACHER, ORDER, T_MODE, VEC)
+    row = tl.load(level + ROW0) + tl.expand_dims(n.to(tl.int64) * C + c, 1)
+    stat = stats + row
+    inverse_tau = (1.0 / as_double(tau)).to(ACC)
+    s_k = tl.load(stat + total_rows * R_S, mask=exists, other=0.0) * inverse_tau
+    t_k = tl.load(stat + total_rows * R_T, mask=exists, other=0.0) * inverse_tau
+    s_max = tl.load(stat + total_rows * MAX_S, mask=exists, other=0.0)
+    t_max = tl.load(stat + total_rows * MAX_T, mask=exists, other=0.0)
+    z_s = tl.zeros([ROWS, POSITIONS], ACC)
+    z_t = tl.zeros([ROWS, POSITIONS], ACC)
+    ss = tl.zeros([ROWS, POSITIONS], ACC)
+    st = tl.zeros([ROWS, POSITIONS], ACC)
+    divergence = tl.zeros([ROWS, POSITIONS], ACC)
+    begin, end = bounds(start, stop, WIDE)
+    for p0 in range(begin, end, POSITIONS):
+        p, p_exists = positions(p0, P, ORDER, VEC, POSITIONS, WIDE)
+        mask = exists & tl.expand_dims(p_exists, 0)
+        s = load_tile(s_rows, p, mask, W, s_h, s_w, ORDER, S_MODE, ACC) - s_max
+        t = load_tile(t_rows, p, mask, W, t_h, t_w, ORDER, T_MODE, ACC) - t_max
+        s_exp = tl.where(mask, exp2(s * (s_k * _LOG2E)), 0.0)
+        t_exp = tl.where(mask, exp2(t * (t_k * _LOG2E)), 0.0)
+        z_s += s_exp
+        z_t += t_exp
+        ss += s_exp * s
+        st += t_exp * s
+        divergence += t_exp * (t * t_k - s * s_k)
+    z_s = tl.expand_dims(tl.sum(z_s, 1), 1)
+    z_t = tl.expand_dims(tl.sum(z_t, 1), 1)
+    ss = tl.expand_dims(tl.sum(ss, 1), 1)
+    st = tl.expand_dims(tl.sum(st, 1), 1)
+    divergence = tl.expand_dims(tl.sum(divergence, 1), 1)
+    if SPLIT:
+        out = parts + tl.load(level + PART0) + tl.expand_dims((split * N + n).to(tl.int64) * C + c, 1)
+        tl.store(out, z_s, mask=exists)
+        tl.store(out + total_parts, z_t, mask=exists)
+        tl.store(out + total_parts * 2, ss, mask=exists)
+        tl.store(out + total_parts * 3, st, mask=exists)
+        tl.store(out + total_parts * 4, divergence, mask=exists)
+    else:
+        _close_rows(stat, losses + row, total_rows, exists, z_s, z_t, divergence / z_t, ss / z_s - st / z_t,
+                    row_weight(level, weight, tau, ACC, MEAN, 2))  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["total_rows", "total_parts", "chunk", "weight", "tau"])
+def cwd_sums(table, stats, losses, parts, total_rows: tl.int64, total_parts: tl.int64, chunk: tl.int64,
+             weight: tl.int64, tau: tl.int64,
+             S_TYPE: tl.constexpr, T_TYPE: tl.constexpr, ACC: tl.constexpr, S_MODE: tl.constexpr, T_MODE: tl.constexpr,
+             ORDER: tl.constexpr, VEC: tl.constexpr, MIXED: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+             POSITIONS: tl.constexpr, SPLIT: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
+    """Partition functions, the divergence and the dot product of the normalisation's derivative, for each row."""
+    unit = tl.num_programs(0) - 1 - tl.program_id(0)
+    level = table + (tl.num_programs(1) - 1 - tl.program_id(1)) * LEVEL_FIELDS
+    for unaligned in tl.static_range(1 + MIXED):
+        if tl.load(level + ALIGNED) != unaligned:
+            _sums(level, unit, stats, losses, parts, total_rows, total_parts, chunk, weight, tau, S_TYPE, T_TYPE, ACC,
+                  S_MODE, T_MODE, ORDER, 1 if unaligned else VEC, WIDE, ROWS, POSITIONS, SPLIT, MEAN)  # fmt: skip
+
+
+@triton.jit
+def _store_plain(stat, total_rows, mask, s_max, t_max):
+    """The statistics that mean "no normalisation", and the maxima."""
+    one = s_max * 0 + 1
+    tl.store(stat + total_rows * MEAN_S, tl.zeros_like(one), mask=mask)
+    tl.store(stat + total_rows * R_S, tl.full(one.shape, 1.0, one.dtype), mask=mask)
+    tl.store(stat + total_rows * R_T, tl.full(one.shape, 1.0, one.dtype), mask=mask)
+    tl.store(stat + total_rows * Q_S, tl.zeros_like(one), mask=mask)
+    tl.store(stat + total_rows * MAX_S, s_max, mask=mask)
+    tl.store(stat + total_rows * MAX_T, t_max, mask=mask)
+
+
+@triton.jit
+def _online(level, stats, losses, parts, total_rows, total_parts, chunk, weight, tau,
+            S_TYPE: tl.constexpr, T_TYPE: tl.constexpr, ACC: tl.constexpr, S_MODE: tl.constexpr, T_MODE: tl.constexpr,
+            ORDER: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr,
+            SPLIT: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
+    N, C, P = level_sizes(level)
+    W = tl.load(level + W_FIELD)
+    n, c, exists, split, start, stop = tile_rows(tl.program_id(0), N, C, P, chunk, ORDER, VEC, ROWS)
+    exists = tl.expand_dims(exists, 1)
+    s_rows = row_pointers(level, STUDENT, n, c, S_TYPE, ORDER, S_MODE, VEC)
+    t_rows = row_pointers(level, TEACHER, n, c, T_TYPE, ORDER, T_MODE, VEC)
+    s_h, s_w = position_strides(level, STUDENT, ORDER, S_MODE, VEC)
+    t_h, t_w = position_strides(level, TEACHER, ORDER, T_MODE, VEC)
+    k = (1.0 / as_double(tau)).to(ACC)
+    s_ref = tl.load(s_rows, mask=exists, other=0.0).to(ACC)
+    t_ref = tl.load(t_rows, mask=exists, other=0.0).to(ACC)
+    s_max = tl.full([ROWS, POSITIONS], -_INF, ACC)
+    t_max = tl.full([ROWS, POSITIONS], -_INF, ACC)
+    z_s = tl.zeros([ROWS, POSITIONS], ACC)
+    z_t = tl.zeros([ROWS, POSITIONS], ACC)
+    difference = tl.zeros([ROWS, POSITIONS], ACC)  # sum of e_T ((t - t_ref) - (s - s_ref))
+    begin, end = bounds(start, stop, WIDE)
+    for p0 in range(begin, end, POSITIONS):
+        p, p_exists = positions(p0, P, ORDER, VEC, POSITIONS, WIDE)
+        mask = exists & tl.expand_dims(p_exists, 0)
+        s = load_tile(s_rows, p, mask, W, s_h, s_w, ORDER, S_MODE, ACC)
+        t = load_tile(t_rows, p, mask, W, t_h, t_w, ORDER, T_MODE, ACC)
+        # One exponential either rescales the sum to a new maximum or adds the element to it.
+        s_exp = exp2(-tl.abs(s - s_max) * (k * _LOG2E))
+        t_exp = exp2(-tl.abs(t - t_max) * (k * _LOG2E))
+        d = (t - t_ref) - (s - s_ref)
+        t_rises = t > t_max
+        z_s = tl.where(mask, tl.where(s > s_max, z_s * s_exp + 1.0, z_s + s_exp), z_s)
+        z_t = tl.where(mask, tl.where(t_rises, z_t * t_exp + 1.0, z_t + t_exp), z_t)
+        difference = tl.where(mask, tl.where(t_rises, difference * t_exp + d, difference + t_exp * d), difference)
+        s_max = tl.maximum(s_max, tl.where(mask, s, -_INF))
+        t_max = tl.maximum(t_max, tl.where(mask, t, -_INF))
+    s_top = tl.expand_dims(tl.max(s_max, 1), 1)
+    t_top = tl.expand_dims(tl.max(t_max, 1), 1)
+    s_lane = tl.where(s_max == s_top, 1.0, exp2((s_max - s_top) * (k * _LOG2E)))
+    t_lane = tl.where(t_max == t_top, 1.0, exp2((t_max - t_top) * (k * _LOG2E)))
+    # A row with an infinite element has no softmax; its running sum would look finite.
+    z_s = tl.where(tl.abs(s_top) == _INF, _NAN, tl.expand_dims(tl.sum(z_s * s_lane, 1), 1))
+    z_t = tl.where(tl.abs(t_top) == _INF, _NAN, tl.expand_dims(tl.sum(z_t * t_lane, 1), 1))
+    difference = tl.expand_dims(tl.sum(difference * t_lane, 1), 1)
+    if SPLIT:
+        out = parts + tl.load(level + PART0) + tl.expand_dims((split * N + n).to(tl.int64) * C + c, 1)
+        tl.store(out, z_s, mask=exists)
+        tl.store(out + total_parts, z_t, mask=exists)
+        tl.store(out + total_parts * 2, s_top, mask=exists)
+        tl.store(out + total_parts * 3, t_top, mask=exists)
+        tl.store(out + total_parts * 4, difference, mask=exists)
+        tl.store(out + total_parts * 5, t_ref - s_ref, mask=exists)
+    else:
+        row = tl.load(level + ROW0) + tl.expand_dims(n.to(tl.int64) * C + c, 1)
+        _store_plain(stats + row, total_rows, exists, s_top, t_top)
+        divergence = k * (difference / z_t - ((t_top - t_ref) - (s_top - s_ref)))
+        _close_rows(stats + row, losses + row, total_rows, exists, z_s, z_t, divergence, tl.zeros_like(z_s),
+                    row_weight(level, weight, tau, ACC, MEAN, 2))  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["total_rows", "total_parts", "chunk", "weight", "tau"])
+def cwd_online(table, stats, losses, parts, total_rows: tl.int64, total_parts: tl.int64, chunk: tl.int64,
+               weight: tl.int64, tau: tl.int64,
+               S_TYPE: tl.constexpr, T_TYPE: tl.constexpr, ACC: tl.constexpr, S_MODE: tl.constexpr,
+               T_MODE: tl.constexpr, ORDER: tl.constexpr, VEC: tl.constexpr, MIXED: tl.constexpr, WIDE: tl.constexpr,
+               ROWS: tl.constexpr, POSITIONS: tl.constexpr, SPLIT: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
+    """The whole forward pass where nothing is normalised: maxima, partition functions and divergence of each row."""
+    level = table + tl.program_id(1) * LEVEL_FIELDS
+    for unaligned in tl.static_range(1 + MIXED):
+        if tl.load(level + ALIGNED) != unaligned:
+            _online(level, stats, losses, parts, total_rows, total_parts, chunk, weight, tau, S_TYPE, T_TYPE, ACC,
+                    S_MODE, T_MODE, ORDER, 1 if unaligned else VEC, WIDE, ROWS, POSITIONS, SPLIT, MEAN)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["total_rows", "total_parts", "chunk", "weight", "tau"])
+def cwd_finish(table, stats, losses, parts, total_rows: tl.int64, total_parts: tl.int64, chunk: tl.int64,
+               weight: tl.int64, tau: tl.int64,
+               ACC: tl.constexpr, NORMALISED: tl.constexpr, MEAN: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """Adds up the splits of each row, first to last."""
+    level = table + tl.program_id(1) * LEVEL_FIELDS
+    N, C, P = level_sizes(level)
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    exists = r < N * C
+    row = tl.load(level + ROW0) + r
+    parts += tl.load(level + PART0) + r
+    step = N.to(tl.int64) * C
+    splits = tl.cdiv(P, chunk.to(tl.int64)).to(tl.int32)
+    scale = row_weight(level, weight, tau, ACC, MEAN, 2)
+    z_s = tl.zeros([ROWS], ACC)
+    z_t = tl.zeros([ROWS], ACC)
+    divergence = tl.zeros([ROWS], ACC)
+    if NORMALISED:
+        ss = tl.zeros([ROWS], ACC)
+        st = tl.zeros([ROWS], ACC)
+        for split in range(0, splits):
+            part = parts + split * step
+            z_s += tl.load(part, mask=exists, other=1.0)
+            z_t += tl.load(part + total_parts, mask=exists, other=1.0)
+            ss += tl.load(part + total_parts * 2, mask=exists, other=0.0)
+            st += tl.load(part + total_parts * 3, mask=exists, other=0.0)
+            divergence += tl.load(part + total_parts * 4, mask=exists, other=0.0)
+        _close_rows(stats + row, losses + row, total_rows, exists, z_s, z_t, divergence / z_t, ss / z_s - st / z_t, scale)
+    else:
+        k = (1.0 / as_double(tau)).to(ACC)
+        s_max = tl.full([ROWS], -_INF, ACC)
+        t_max = tl.full([ROWS], -_INF, ACC)
+        for split in range(0, splits):
+            part = parts + split * step
+            s_max = tl.maximum(s_max, tl.load(part + total_parts * 2, mask=exists, other=0.0))
+            t_max = tl.maximum(t_max, tl.load(part + total_parts * 3, mask=exists, other=0.0))
+        for split in range(0, splits):
+            part = parts + split * step
+            s_part = exp2((tl.load(part + total_parts * 2, mask=exists, other=0.0) - s_max) * (k * _LOG2E))
+            t_part = exp2((tl.load(part + total_parts * 3, mask=exists, other=0.0) - t_max) * (k * _LOG2E))
+            z_s += s_part * tl.load(part, mask=exists, other=1.0)
+            z_t += t_part * tl.load(part + total_parts, mask=exists, other=1.0)
+            divergence += t_part * tl.load(part + total_parts * 4, mask=exists, other=0.0)
+        offset = (t_max - s_max) - tl.load(parts + total_parts * 5, mask=exists, other=0.0)
+        _store_plain(stats + row, total_rows, exists, s_max, t_max)
+        _close_rows(stats + row, losses + row, total_rows, exists, z_s, z_t, k * (divergence / z_t - offset),
+                    tl.zeros_like(z_s), scale)  # fmt: skip
