@@ -7,6 +7,7 @@ trace them without a graph break.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -177,6 +178,7 @@ class Frozen:
         self.network: nn.Module | None = network
         network.requires_grad_(False)
         self.capture = Capture(role, unwrap(network), places)
+        weakref.finalize(self, self.capture.remove).atexit = False
         self.checked = False
 
     @property

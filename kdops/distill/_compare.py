@@ -145,9 +145,9 @@ def _check_fit(tap: Tap, student: Tensor, teacher: Tensor) -> None:
     if student.shape[0] != teacher.shape[0]:
         raise ValueError(f"{where} must have the same batch size, got {shapes}")
     if student.shape[1] != teacher.shape[1] and not adapts_width(tap.loss):
-        raise ValueError(
-            f"{where} must have the same number of channels, got {student.shape[1]} and {teacher.shape[1]}: "
-            f"align=True (or align=({student.shape[1]}, {teacher.shape[1]})) puts a 1x1 convolution between them"
-        )
+        widths = (student.shape[1], teacher.shape[1])
+        hint = f": align=True (or align={widths}) puts a 1x1 convolution between them"
+        hint = " behind its align layer" if tap.align else hint
+        raise ValueError(f"{where} must have the same number of channels, got {widths[0]} and {widths[1]}{hint}")
     if student.shape[2:] != teacher.shape[2:] and not adapts_size(tap.loss):
         raise ValueError(f"{where} must have the same height and width, got {shapes}")

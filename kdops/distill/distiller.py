@@ -6,6 +6,7 @@ import contextlib
 import copy
 import functools
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +20,7 @@ from kdops.distill._arguments import check_arguments, check_passes, loaded, unkn
 from kdops.distill._capture import Frozen, Recorder, captured_once
 from kdops.distill._compare import Comparison, call_directly
 from kdops.distill.schedules import StopDistillation, WeightSchedule, as_schedule
-from kdops.distill.taps import Place, Tap, unwrap
+from kdops.distill.taps import Place, Tap, find_layer, unwrap
 
 __all__ = ["DistillLoss", "Distiller"]
 
@@ -124,9 +125,11 @@ class Distiller(nn.Module):
         self._optimizers: list[Optimizer] = []
         self._zero: Tensor | None = None
         self.taps = Comparison(taps, split_terms, like=next(student.parameters(), None))
-        self._recorder: Recorder | None = self._record()
+        for place, _ in self.taps.places:  # before a teacher is loaded, and before any hook is there to be left behind
+            find_layer("Distiller: student", student, place)
         self._owns_teacher = True
-        self._teacher = Frozen("Distiller: teacher", loaded(teacher, student), [t for _, t in self.taps.places])
+        self._teacher = Frozen("Distiller: teacher", loaded(teacher, student), [place for _, place in self.taps.places])
+        self._recorder: Recorder | None = self._record()
 
     @property
     def student(self) -> nn.Module:
@@ -265,7 +268,9 @@ class Distiller(nn.Module):
             self.stop()
 
     def _record(self) -> Recorder:
-        return Recorder(self.student, [place for place, _ in self.taps.places])
+        recorder = Recorder(self.student, [place for place, _ in self.taps.places])
+        weakref.finalize(self, recorder.remove).atexit = False  # a forgotten distiller leaves no hooks
+        return recorder
 
     def _take(self) -> tuple[dict[Place, Tensor], Any, dict[str, tuple[bool, torch.dtype]]]:
         recorder = self._recorder

@@ -160,7 +160,7 @@ def find_layer(role: str, network: nn.Module, place: Place) -> nn.Module:
 
 def _near(name: str, layers: Sequence[str]) -> str:
     suffixes = [layer for layer in layers if layer and (layer.endswith("." + name) or name.endswith("." + layer))]
-    near = suffixes[:3] or difflib.get_close_matches(name, layers, n=3, cutoff=0.6)
+    near = sorted(suffixes, key=len, reverse=True)[:3] or difflib.get_close_matches(name, layers, n=3, cutoff=0.6)
     return _listed(near)
 
 
