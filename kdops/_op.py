@@ -8,7 +8,7 @@ Where the gradient is computed. `Save.STATS`: the forward keeps a few statistics
 gradient from them, student and teacher. `Save.GRADS`: the forward computes the gradient while a channel is still in
 the cache, and the backward only multiplies it by grad_output. On a CPU the second reads the maps from memory once, so
 it is taken wherever it gives the same numbers: not for reduction "none" (grad_output differs per row) and not for
-fp16 (whose gradients underflow before a GradScaler's factor reaches them). On a GPU the streaming kernels move the
+half precision (fp16 gradients underflow before a GradScaler's factor reaches them, bf16 would round twice). On a GPU the streaming kernels move the
 same bytes either way, so the first is taken.
 """
 
@@ -210,7 +210,7 @@ def _what_to_save(student: Sequence[Tensor], reduction: int) -> Save:
     if not (torch.is_grad_enabled() and any(s.requires_grad for s in student)):
         return Save.NOTHING
     in_forward = student[0].device.type == "cpu" and reduction != 2
-    return Save.GRADS if in_forward and all(s.dtype != torch.float16 for s in student) else Save.STATS
+    return Save.GRADS if in_forward and all(s.dtype.itemsize >= 4 for s in student) else Save.STATS
 
 
 def _scaled(grads: list[Tensor], grad_output: Tensor) -> list[Tensor]:

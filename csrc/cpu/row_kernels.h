@@ -1,0 +1,287 @@
+// The vector kernels: sums and gradients over one strip. Included once per instruction set, after vec.h.
+//
+// A sweep hands a body the registers of one or two strips in order, with a mask that tells which lanes are in use.
+// Full registers get `All`, whose selections compile to nothing.
+
+struct All {
+  template <class V>
+  V keep(V v) const {
+    return v;
+  }
+  template <class V>
+  V keep_or(V v, V) const {
+    return v;
+  }
+};
+template <class A>
+struct Some {
+  MaskVec<A> used;
+  Vec<A> keep(Vec<A> v) const { return used ? v : Vec<A>{}; }
+  Vec<A> keep_or(Vec<A> v, Vec<A> other) const { return used ? v : other; }
+};
+
+template <class A>
+inline Some<A> first(int count) {
+  Some<A> mask{};
+  for (int i = 0; i < lanes_of<A>; ++i) mask.used[i] = i < count ? -1 : 0;
+  return mask;
+}
+
+// Accumulators are emptied into double after so many registers: the error of a long sum stays that of a short one.
+constexpr int64_t kFlush = 32;
+
+template <class T>
+inline const T* at(const Strip& x, int64_t segment, int64_t j) {
+  return static_cast<const T*>(x.data) + segment * x.segment_stride + j * x.step;
+}
+
+// body(s, t, mask, segment, j, count); flush() after every kFlush registers and at the end.
+template <class A, class S, class T, int kMode, class Body, class Flush>
+inline void sweep(const Strip& s, const Strip& t, int rows, Body&& body, Flush&& flush) {
+  constexpr int64_t width = lanes_of<A>;
+  int64_t since = 0;
+  for (int64_t i = 0; i < s.segments; ++i) {
+    if (kMode == kPositionsInLanes) {
+      int64_t j = 0;
+      while (j + width <= s.length) {
+        const int64_t whole = j + (s.length - j) / width * width;
+        const int64_t stop = whole < j + kFlush * width ? whole : j + kFlush * width;
+        for (; j < stop; j += width) body(widen(at<S>(s, i, j)), widen(at<T>(t, i, j)), All{}, i, j, (int)width);
+        flush();
+      }
+      if (const int rest = static_cast<int>(s.length - j)) {
+        body(widen_part<A>(at<S>(s, i, j), rest), widen_part<A>(at<T>(t, i, j), rest), first<A>(rest), i, j, rest);
+        flush();
+      }
+    } else {
+      const bool full = rows == width;
+      const Some<A> mask = first<A>(rows);
+      for (int64_t j = 0; j < s.length; ++j) {
+        if (full)
+          body(widen(at<S>(s, i, j)), widen(at<T>(t, i, j)), All{}, i, j, (int)width);
+        else
+          body(widen_part<A>(at<S>(s, i, j), rows), widen_part<A>(at<T>(t, i, j), rows), mask, i, j, rows);
+        if (++since == kFlush) flush(), since = 0;
+      }
+    }
+  }
+  flush();
+}
+
+// A sum in two levels.
+template <class A>
+struct Sum {
+  Vec<A> now{};
+  WideVec<A> total{};
+  void add(Vec<A> v) { now += v; }
+  void flush() {
+    total += __builtin_convertvector(now, WideVec<A>);
+    now = Vec<A>{};
+  }
+};
+template <class A>
+inline Vec<A> narrowed(WideVec<A> v) {
+  return __builtin_convertvector(v, Vec<A>);
+}
+
+// Per-row numbers: one for the whole register (positions in lanes) or one a lane (channels in lanes).
+template <class A, int kMode>
+inline Vec<A> per_row(const A* p, int rows) {
+  return kMode == kPositionsInLanes ? broadcast<A>(*p) : widen_part<A>(p, rows);
+}
+template <class A, int kMode>
+inline void put_sum(A* p, int rows, const Sum<A>& sum) {
+  if (kMode == kPositionsInLanes)
+    *p = static_cast<A>(sum_of_lanes<A>(sum.total));
+  else
+    narrow_part<A>(p, narrowed<A>(sum.total), rows);
+}
+
+// A value near the mean, so that centred sums do not cancel: the mean of the first register, or the first position.
+template <class A, class T, int kMode>
+inline Vec<A> centre_of(const Strip& x, int rows) {
+  if (kMode == kChannelsInLanes) return widen_part<A>(at<T>(x, 0, 0), rows);
+  const int count = x.length < lanes_of<A> ? static_cast<int>(x.length) : lanes_of<A>;
+  const WideVec<A> start = __builtin_convertvector(widen_part<A>(at<T>(x, 0, 0), count), WideVec<A>);
+  return broadcast<A>(static_cast<A>(sum_of_lanes<A>(start) / count));
+}
+
+template <class A, class T, int kMode>
+void moments(const Strip& x, int rows, Moments<A> out) {
+  const Vec<A> centre = centre_of<A, T, kMode>(x, rows);
+  const double count = static_cast<double>(x.segments * x.length);
+  Sum<A> sum, square;
+  Vec<A> top = centre;
+  bool any = false;
+  // The maximum starts from the first element seen, not from the centre, which may exceed all of them.
+  sweep<A, T, T, kMode>(
+      x, x, rows,
+      [&](Vec<A> v, Vec<A>, auto mask, int64_t, int64_t, int) {
+        const Vec<A> d = mask.keep(v - centre);
+        sum.add(d);
+        square.add(d * d);
+        if (!any) {
+          const A lowest = -__builtin_huge_val();
+          top = mask.keep_or(v, broadcast<A>(lowest));
+          any = true;
+        } else {
+          top = max<A>(top, mask.keep_or(v, top));
+        }
+      },
+      [&] { sum.flush(), square.flush(); });
+  if (kMode == kPositionsInLanes) {
+    const double total = sum_of_lanes<A>(sum.total), shift = total / count;
+    *out.mean = static_cast<A>(centre[0] + shift);
+    *out.m2 = static_cast<A>(sum_of_lanes<A>(square.total) - total * shift);
+    *out.max = max_of_lanes<A>(top);
+  } else {
+    const WideVec<A> shift = sum.total / count;
+    narrow_part<A>(out.mean, centre + narrowed<A>(shift), rows);
+    narrow_part<A>(out.m2, narrowed<A>(square.total - sum.total * shift), rows);
+    narrow_part<A>(out.max, top, rows);
+  }
+}
+
+constexpr double kLog2E = 1.4426950408889634;
+
+template <class A, class S, class T, int kMode>
+void softmax(const Strip& s, const Strip& t, int rows, SoftmaxIn<A> in, SoftmaxOut<A> out) {
+  const Vec<A> k_s = per_row<A, kMode>(in.k_s, rows) * static_cast<A>(kLog2E), m_s = per_row<A, kMode>(in.m_s, rows);
+  const Vec<A> k_t = per_row<A, kMode>(in.k_t, rows) * static_cast<A>(kLog2E), m_t = per_row<A, kMode>(in.m_t, rows);
+  Sum<A> z_s, z_t, es_s, et_s, et_t;
+  sweep<A, S, T, kMode>(
+      s, t, rows,
+      [&](Vec<A> x, Vec<A> y, auto mask, int64_t, int64_t, int) {
+        const Vec<A> d_s = mask.keep(x - m_s), d_t = mask.keep(y - m_t);
+        const Vec<A> e_s = mask.keep(exp2_nonpositive(k_s * d_s)), e_t = mask.keep(exp2_nonpositive(k_t * d_t));
+        z_s.add(e_s);
+        z_t.add(e_t);
+        es_s.add(e_s * d_s);
+        et_s.add(e_t * d_s);
+        et_t.add(e_t * d_t);
+      },
+      [&] { z_s.flush(), z_t.flush(), es_s.flush(), et_s.flush(), et_t.flush(); });
+  put_sum<A, kMode>(out.z_s, rows, z_s);
+  put_sum<A, kMode>(out.z_t, rows, z_t);
+  put_sum<A, kMode>(out.es_s, rows, es_s);
+  put_sum<A, kMode>(out.et_s, rows, et_s);
+  put_sum<A, kMode>(out.et_t, rows, et_t);
+}
+
+template <class A, class T>
+inline void put(const Strip& x, int64_t segment, int64_t j, Vec<A> v, int count) {
+  T* p = const_cast<T*>(at<T>(x, segment, j));
+  if (count == lanes_of<A>)
+    narrow(p, v);
+  else
+    narrow_part<A>(p, v, count);
+}
+
+template <class A, class S, class T, int kMode>
+void gradient(const Strip& s, const Strip& t, const Strip& ds, int rows, GradientIn<A> in) {
+  const Vec<A> k_s = per_row<A, kMode>(in.k_s, rows) * static_cast<A>(kLog2E), m_s = per_row<A, kMode>(in.m_s, rows);
+  const Vec<A> k_t = per_row<A, kMode>(in.k_t, rows) * static_cast<A>(kLog2E), m_t = per_row<A, kMode>(in.m_t, rows);
+  const Vec<A> a = per_row<A, kMode>(in.a, rows), b = per_row<A, kMode>(in.b, rows);
+  const Vec<A> slope = per_row<A, kMode>(in.slope, rows), mean = per_row<A, kMode>(in.mean, rows);
+  sweep<A, S, T, kMode>(
+      s, t, rows,
+      [&](Vec<A> x, Vec<A> y, auto, int64_t i, int64_t j, int count) {
+        const Vec<A> e_s = exp2_nonpositive(k_s * (x - m_s)), e_t = exp2_nonpositive(k_t * (y - m_t));
+        put<A, S>(ds, i, j, a * e_s - b * e_t - slope * (x - mean), count);
+      },
+      [] {});
+}
+
+template <class A, class S, class T, int kMode>
+void co_moments(const Strip& s, const Strip& t, int rows, CoMoments<A> out) {
+  const Vec<A> c_s = centre_of<A, S, kMode>(s, rows), c_t = centre_of<A, T, kMode>(t, rows);
+  const double count = static_cast<double>(s.segments * s.length);
+  Sum<A> sum_s, sum_t, ss, tt, st;
+  sweep<A, S, T, kMode>(
+      s, t, rows,
+      [&](Vec<A> x, Vec<A> y, auto mask, int64_t, int64_t, int) {
+        const Vec<A> d_s = mask.keep(x - c_s), d_t = mask.keep(y - c_t);
+        sum_s.add(d_s);
+        sum_t.add(d_t);
+        ss.add(d_s * d_s);
+        tt.add(d_t * d_t);
+        st.add(d_s * d_t);
+      },
+      [&] { sum_s.flush(), sum_t.flush(), ss.flush(), tt.flush(), st.flush(); });
+  if (kMode == kPositionsInLanes) {
+    const double total_s = sum_of_lanes<A>(sum_s.total), total_t = sum_of_lanes<A>(sum_t.total);
+    *out.mean_s = static_cast<A>(c_s[0] + total_s / count);
+    *out.mean_t = static_cast<A>(c_t[0] + total_t / count);
+    *out.ss = static_cast<A>(sum_of_lanes<A>(ss.total) - total_s * total_s / count);
+    *out.tt = static_cast<A>(sum_of_lanes<A>(tt.total) - total_t * total_t / count);
+    *out.st = static_cast<A>(sum_of_lanes<A>(st.total) - total_s * total_t / count);
+  } else {
+    const WideVec<A> shift_s = sum_s.total / count, shift_t = sum_t.total / count;
+    narrow_part<A>(out.mean_s, c_s + narrowed<A>(shift_s), rows);
+    narrow_part<A>(out.mean_t, c_t + narrowed<A>(shift_t), rows);
+    narrow_part<A>(out.ss, narrowed<A>(ss.total - sum_s.total * shift_s), rows);
+    narrow_part<A>(out.tt, narrowed<A>(tt.total - sum_t.total * shift_t), rows);
+    narrow_part<A>(out.st, narrowed<A>(st.total - sum_s.total * shift_t), rows);
+  }
+}
+
+template <class A, class S, class T, int kMode>
+void affine(const Strip& s, const Strip& t, const Strip& ds, int rows, AffineIn<A> in) {
+  const Vec<A> alpha = per_row<A, kMode>(in.alpha, rows), mean_s = per_row<A, kMode>(in.mean_s, rows);
+  const Vec<A> beta = per_row<A, kMode>(in.beta, rows), mean_t = per_row<A, kMode>(in.mean_t, rows);
+  sweep<A, S, T, kMode>(
+      s, t, rows,
+      [&](Vec<A> x, Vec<A> y, auto, int64_t i, int64_t j, int count) {
+        put<A, S>(ds, i, j, alpha * (x - mean_s) - beta * (y - mean_t), count);
+      },
+      [] {});
+}
+
+template <class A, class T>
+void scale(const void* in, void* out, int64_t count, A factor) {
+  const T* from = static_cast<const T*>(in);
+  T* to = static_cast<T*>(out);
+  int64_t i = 0;
+  for (; i + lanes_of<A> <= count; i += lanes_of<A>) narrow(to + i, widen(from + i) * factor);
+  if (const int rest = static_cast<int>(count - i)) narrow_part<A>(to + i, widen_part<A>(from + i, rest) * factor, rest);
+}
+
+// ---- the table ---------------------------------------------------------------------------------------------------
+template <class A, class S, class T>
+void enter_pair(Kernels<A>& k, Dtype s, Dtype t) {
+  k.softmax[s][t][0] = softmax<A, S, T, 0>, k.softmax[s][t][1] = softmax<A, S, T, 1>;
+  k.gradient[s][t][0] = gradient<A, S, T, 0>, k.gradient[s][t][1] = gradient<A, S, T, 1>;
+  k.co_moments[s][t][0] = co_moments<A, S, T, 0>, k.co_moments[s][t][1] = co_moments<A, S, T, 1>;
+  k.affine[s][t][0] = affine<A, S, T, 0>, k.affine[s][t][1] = affine<A, S, T, 1>;
+}
+
+template <class A, class T>
+void enter_single(Kernels<A>& k, Dtype t) {
+  k.moments[t][0] = moments<A, T, 0>, k.moments[t][1] = moments<A, T, 1>;
+  k.scale[t] = scale<A, T>;
+}
+
+template <class S>
+void enter_teachers(Kernels<float>& k, Dtype s) {
+  enter_single<float, S>(k, s);
+  enter_pair<float, S, float>(k, s, kFloat32);
+  enter_pair<float, S, BFloat16>(k, s, kBFloat16);
+  enter_pair<float, S, Float16>(k, s, kFloat16);
+}
+
+Kernels<float> float_kernels(const char* name) {
+  Kernels<float> k{};
+  enter_teachers<float>(k, kFloat32);
+  enter_teachers<BFloat16>(k, kBFloat16);
+  enter_teachers<Float16>(k, kFloat16);
+  k.lanes = lanes_of<float>, k.name = name;
+  return k;
+}
+
+Kernels<double> double_kernels(const char* name) {
+  Kernels<double> k{};
+  enter_single<double, double>(k, kFloat64);
+  enter_pair<double, double, double>(k, kFloat64, kFloat64);
+  k.lanes = lanes_of<double>, k.name = name;
+  return k;
+}

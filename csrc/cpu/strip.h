@@ -1,0 +1,73 @@
+// What the vector kernels work on, free of PyTorch: element types, strips of a map, and the table of kernels.
+#pragma once
+
+#include <cstdint>
+
+namespace kdops {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+constexpr int kDtypes = 4;
+
+// A strip is what one kernel call reads: either one row (n, c), its positions in the lanes of a register, or as many
+// rows (n, c...c+lanes) as a register has lanes, one position after the other (channels_last).
+// Position (i, j) of `segments` x `length` lies at data + i * segment_stride + j * step, in elements.
+struct Strip {
+  void* data;
+  int64_t segments, segment_stride;
+  int64_t length, step;
+};
+
+enum Lanes : int { kPositionsInLanes = 0, kChannelsInLanes = 1 };
+
+// Per-row numbers live in arrays of the accumulation type A (float or double), one entry a row. A kernel gets the
+// address of the first of its `rows` entries (1, or the lanes in use).
+template <class A>
+struct Moments {  // out
+  A *mean, *m2, *max;
+};
+template <class A>
+struct SoftmaxIn {
+  const A *k_s, *m_s, *k_t, *m_t;
+};
+template <class A>
+struct SoftmaxOut {  // sums over e_s = exp(k_s (s - m_s)) and e_t, centred at the maxima
+  A *z_s, *z_t, *es_s, *et_s, *et_t;
+};
+template <class A>
+struct GradientIn {  // dS = a e_s - b e_t - slope (s - mean)
+  const A *k_s, *m_s, *k_t, *m_t, *a, *b, *slope, *mean;
+};
+template <class A>
+struct CoMoments {  // out
+  A *mean_s, *mean_t, *ss, *tt, *st;
+};
+template <class A>
+struct AffineIn {  // dS = alpha (s - mean_s) - beta (t - mean_t)
+  const A *alpha, *mean_s, *beta, *mean_t;
+};
+
+// Kernels of one instruction set for accumulation type A; S and T are dtypes of student and teacher.
+template <class A>
+struct Kernels {
+  void (*moments[kDtypes][2])(const Strip& x, int rows, Moments<A> out);
+  void (*softmax[kDtypes][kDtypes][2])(const Strip& s, const Strip& t, int rows, SoftmaxIn<A> in, SoftmaxOut<A> out);
+  void (*gradient[kDtypes][kDtypes][2])(const Strip& s, const Strip& t, const Strip& ds, int rows, GradientIn<A> in);
+  void (*co_moments[kDtypes][kDtypes][2])(const Strip& s, const Strip& t, int rows, CoMoments<A> out);
+  void (*affine[kDtypes][kDtypes][2])(const Strip& s, const Strip& t, const Strip& ds, int rows, AffineIn<A> in);
+  void (*scale[kDtypes])(const void* in, void* out, int64_t count, A factor);
+  int lanes;
+  const char* name;
+};
+
+// The widest instruction set that this processor has, chosen once.
+template <class A>
+const Kernels<A>& kernels();
+
+}  // namespace kdops

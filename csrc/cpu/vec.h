@@ -1,0 +1,145 @@
+// Vectors of one instruction set: types, exp2, loads that widen and stores that narrow.
+//
+// Included once per instruction set, inside that set's namespace and target region (see kernels_*.cpp), with
+// KDOPS_LANES = floats per register. Everything is written with the compiler's vector extension, so the same text
+// becomes AVX-512, AVX2 or whatever the baseline has.
+
+constexpr int kLanes = KDOPS_LANES;
+
+template <class A>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(4 * kLanes)));
+  typedef int32_t mask __attribute__((vector_size(4 * kLanes)));
+  typedef double wide __attribute__((vector_size(8 * kLanes)));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(4 * kLanes)));
+  typedef int64_t mask __attribute__((vector_size(4 * kLanes)));
+  typedef double wide __attribute__((vector_size(4 * kLanes)));
+};
+template <class A>
+using Vec = typename VecOf<A>::type;
+// As many lanes, in double.
+template <class A>
+using WideVec = typename VecOf<A>::wide;
+template <class A>
+using MaskVec = typename VecOf<A>::mask;
+
+typedef uint16_t U16 __attribute__((vector_size(2 * kLanes)));
+typedef uint32_t U32 __attribute__((vector_size(4 * kLanes)));
+
+template <class A>
+constexpr int lanes_of = static_cast<int>(sizeof(Vec<A>) / sizeof(A));
+
+template <class V, class T>
+inline V load_bits(const T* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+// ---- loads -------------------------------------------------------------------------------------------------------
+inline Vec<float> widen(const float* p) { return load_bits<Vec<float>>(p); }
+inline Vec<double> widen(const double* p) { return load_bits<Vec<double>>(p); }
+inline Vec<float> widen(const BFloat16* p) {
+  return (Vec<float>)(__builtin_convertvector(load_bits<U16>(p), U32) << 16);
+}
+inline Vec<float> widen(const Float16* p) {
+#if KDOPS_LANES == 16
+  return (Vec<float>)_mm512_cvtph_ps(load_bits<__m256i>(p));
+#elif KDOPS_LANES == 8
+  return (Vec<float>)_mm256_cvtph_ps(load_bits<__m128i>(p));
+#else
+  Vec<float> v;
+  for (int i = 0; i < kLanes; ++i) v[i] = float_from_half(p[i].bits);
+  return v;
+#endif
+}
+
+// The first `count` lanes; the rest is 0.
+template <class A, class T>
+inline Vec<A> widen_part(const T* p, int count) {
+  T part[lanes_of<A>] = {};
+  __builtin_memcpy(part, p, sizeof(T) * count);
+  return widen(part);
+}
+
+// ---- stores ------------------------------------------------------------------------------------------------------
+inline void narrow(float* p, Vec<float> v) { __builtin_memcpy(p, &v, sizeof(v)); }
+inline void narrow(double* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof(v)); }
+inline void narrow(BFloat16* p, Vec<float> v) {
+  const U32 bits = (U32)v;
+  const U32 nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const MaskVec<float> is_nan = v != v;
+  const U32 quiet = U32{} + 0x7fc0;
+  const U16 out = __builtin_convertvector(is_nan ? quiet : nearest_even, U16);
+  __builtin_memcpy(p, &out, sizeof(out));
+}
+inline void narrow(Float16* p, Vec<float> v) {
+#if KDOPS_LANES == 16
+  const __m256i out = _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __builtin_memcpy(p, &out, sizeof(out));
+#elif KDOPS_LANES == 8
+  const __m128i out = _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+  __builtin_memcpy(p, &out, sizeof(out));
+#else
+  for (int i = 0; i < kLanes; ++i) p[i].bits = half_from_float(v[i]);
+#endif
+}
+
+template <class A, class T>
+inline void narrow_part(T* p, Vec<A> v, int count) {
+  T part[lanes_of<A>];
+  narrow(part, v);
+  __builtin_memcpy(p, part, sizeof(T) * count);
+}
+
+// ---- arithmetic --------------------------------------------------------------------------------------------------
+template <class A>
+inline Vec<A> broadcast(A x) {
+  return Vec<A>{} + x;
+}
+
+template <class A>
+inline Vec<A> max(Vec<A> a, Vec<A> b) {
+  return a > b ? a : b;
+}
+
+template <class A>
+inline double sum_of_lanes(WideVec<A> v) {
+  double total = 0;
+  for (int i = 0; i < lanes_of<A>; ++i) total += v[i];
+  return total;
+}
+
+template <class A>
+inline A max_of_lanes(Vec<A> v) {
+  A m = v[0];
+  for (int i = 1; i < lanes_of<A>; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// 2^y for y <= 0, relative error below 2e-7 down to 2^-126, where it stops. NaN stays NaN.
+// y = n + f with n its nearest integer (the addition of 1.5 * 2^23 leaves n in the low bits) and |f| <= 1/2;
+// 2^f is a polynomial of degree 6 (the Taylor series is within 1e-7 there), 2^n an addition to the exponent.
+inline Vec<float> exp2_nonpositive(Vec<float> y) {
+  const Vec<float> magic = broadcast<float>(12582912.0f), lowest = broadcast<float>(-126.0f);
+  y = y < lowest ? lowest : y;
+  const Vec<float> shifted = y + magic;
+  const Vec<float> f = y - (shifted - magic);
+  Vec<float> p = broadcast<float>(1.5403530393e-4f);
+  p = p * f + 1.3333558146e-3f;
+  p = p * f + 9.6181291076e-3f;
+  p = p * f + 5.5504108665e-2f;
+  p = p * f + 2.4022650696e-1f;
+  p = p * f + 6.9314718056e-1f;
+  p = p * f + 1.0f;
+  return (Vec<float>)((U32)p + ((U32)shifted << 23));
+}
+inline Vec<double> exp2_nonpositive(Vec<double> y) {
+  for (int i = 0; i < lanes_of<double>; ++i) y[i] = exp2(y[i]);
+  return y;
+}

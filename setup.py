@@ -1,0 +1,84 @@
+"""Builds the one optional extension, kdops._C, and says what it builds and why.
+
+CPU kernels always; CUDA kernels where PyTorch is a CUDA build, nvcc is there and a GPU is seen or FORCE_CUDA=1.
+Without PyTorch at build time (build isolation) or without a C++ compiler the package installs without the extension:
+Triton then serves the GPU and the eager reference the CPU. KDOPS_REQUIRE_EXTENSION=1 makes that an error.
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import shutil
+import sys
+
+from setuptools import setup
+
+REQUIRED = os.environ.get("KDOPS_REQUIRE_EXTENSION") == "1"
+
+
+def say(text: str) -> None:
+    print(f"kdops: {text}", file=sys.stderr, flush=True)
+
+
+def without_extension(reason: str) -> dict:
+    if REQUIRED:
+        raise SystemExit(f"kdops: the extension was required, but {reason}")
+    say(f"building without the extension kdops._C, as {reason}")
+    return {}
+
+
+def cuda_sources() -> tuple[list[str], str]:
+    """The CUDA sources to build, and the reason for none."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    sources = sorted(glob.glob("csrc/cuda/*.cu") + glob.glob("csrc/cuda/*.cpp"))
+    if not sources:
+        return [], "there are no CUDA sources"
+    if torch.version.cuda is None:
+        return [], f"PyTorch {torch.__version__} is not a CUDA build"
+    if CUDA_HOME is None:
+        return [], "nvcc was not found (CUDA_HOME)"
+    if not torch.cuda.is_available() and os.environ.get("FORCE_CUDA") != "1":
+        return [], "no GPU is seen (FORCE_CUDA=1 builds all the same)"
+    return sources, ""
+
+
+def extension_arguments() -> dict:
+    try:
+        import torch
+        from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+    except ImportError:
+        return without_extension("PyTorch is not importable at build time (use --no-build-isolation)")
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler.split()[0]) is None:
+        return without_extension(f"the C++ compiler {compiler!r} was not found")
+
+    class Build(BuildExtension):
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:  # a failed compiler run is reported, and the package installs without
+                if REQUIRED:
+                    raise
+                say(f"the extension did not build, going on without it: {error}")
+
+    # libgomp is PyTorch's own, found when the extension is loaded: linking another would start a second thread pool.
+    # GCC's own AVX-512 headers warn about registers they leave undefined on purpose.
+    quiet = ["-Wno-ignored-attributes", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
+    flags = {"cxx": ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", *quiet]}
+    sources = ["csrc/bindings.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
+    from_cuda, reason = cuda_sources()
+    if from_cuda:
+        say(f"building kdops._C with CPU and CUDA {torch.version.cuda} kernels")
+        flags["cxx"].append(f"-DKDOPS_CUDA={torch.version.cuda}")
+        flags["nvcc"] = ["-O3"]
+        extension = CUDAExtension("kdops._C", sources + from_cuda, include_dirs=["csrc"], extra_compile_args=flags)
+    else:
+        say(f"building kdops._C with CPU kernels; without CUDA kernels, as {reason}")
+        extension = CppExtension("kdops._C", sources, extra_compile_args=flags["cxx"])
+    return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
+
+
+setup(**extension_arguments())
