@@ -1,0 +1,1 @@
+"""kdops in other people's trainers. Imported as ``kdops.integrations``."""

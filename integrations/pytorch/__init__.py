@@ -1,0 +1,1 @@
+"""Plain PyTorch trainers: the demo on a torchvision detector, and callbacks for Lightning and Hugging Face."""
