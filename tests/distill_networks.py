@@ -39,17 +39,12 @@ class Detector(nn.Module):
         self.drop = nn.Sequential(DropPath(), nn.Dropout(0.5)) if drop else nn.Identity()
         self.neck = Neck(width)
         self.head = nn.Conv2d(width, 4, 1)
-        self.head_runs = 0
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> Tensor | dict[str, Tensor]:
         c1 = self.drop(self.stem(images))
         maps = self.neck([c1, self.stage(c1)])
-        out = torch.cat([self._head(x).flatten(2) for x in maps], dim=2)
+        out = torch.cat([self.head(x).flatten(2) for x in maps], dim=2)
         return out if targets is None else {"loss_box": (out.mean(2) - targets).square().mean()}
-
-    def _head(self, x: Tensor) -> Tensor:
-        self.head_runs += 1
-        return self.head(x)
 
 
 def images(n: int = 4, size: int = 16, seed: int = 1) -> Tensor:

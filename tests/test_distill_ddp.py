@@ -1,0 +1,141 @@
+"""Data-parallel training in real processes: the same parameters as one process on the whole batch."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from distill_networks import LAYERS, Detector, images, targets
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kdops import CWDLoss
+from kdops.distill import DistilledOutput, DistilledStudent, Distiller, StopDistillation, Tap, exclude_from_ddp
+
+STEPS, STOP, RANKS = 6, 4, 2
+FORMS = ("wrapper", "accumulation", "own", "student")
+
+
+class _Generator(nn.Module):
+    """A trained loss, so that a module with parameters of its own is among the taps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generate = nn.Conv2d(6, 10, 3, padding=1)
+
+    def forward(self, preds_S: Tensor, preds_T: Tensor) -> Tensor:
+        return (self.generate(preds_S) - preds_T).square().sum() / preds_S.shape[0] * 1e-2
+
+
+class _Own(nn.Module):
+    """Somebody's own module around student and distiller."""
+
+    def __init__(self, distiller: Distiller) -> None:
+        super().__init__()
+        self.net, self.inner = distiller.student, nn.ModuleDict({"distiller": distiller})
+
+    def forward(self, x: Tensor, y: Tensor) -> DistilledOutput:
+        out = self.net(x, y)
+        loss = self.inner["distiller"].loss()
+        return DistilledOutput(out, loss.total, loss.terms)
+
+
+def _model(seed: int) -> DistilledStudent:
+    """The networks are equal everywhere, the align layers only as far as the seed."""
+    torch.manual_seed(0)
+    student, teacher = Detector(6), Detector(10)
+    for network in (student, teacher):
+        network.stem[1] = nn.GroupNorm(2, network.stem[1].num_features)
+    torch.manual_seed(seed)
+    taps = [Tap(layer, loss=CWDLoss(norm=None, tau=2.0), align=(6, 10)) for layer in LAYERS]
+    taps.append(Tap("stage", loss=_Generator(), name="generator"))
+    return DistilledStudent(Distiller(student, teacher, taps, stop=StopDistillation(step=STOP)))
+
+
+def _train(
+    model: Callable[..., DistilledOutput],
+    distiller: Distiller,
+    parameters: list[Tensor],
+    part: slice,
+    accumulate: int = 1,
+) -> None:
+    optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        x, y = images(8, seed=step)[part], targets(8, seed=step)[part]
+        for a, b in zip(x.chunk(accumulate), y.chunk(accumulate)):
+            out = model(a, b)
+            ((out.student["loss_box"] + out.distill) / accumulate).backward()
+        optimizer.step()
+        distiller.step()
+
+
+def _whole_batch() -> dict[str, Tensor]:
+    model = _model(seed=100)
+    _train(model, model.distiller, list(model.parameters()), slice(None))
+    return model.state_dict()
+
+
+def _call(form: str, model: DistilledStudent) -> Callable[[Tensor, Tensor], DistilledOutput]:
+    """The ways to train in parallel: our wrapper, a module of one's own, the student alone."""
+    if form in ("wrapper", "accumulation"):
+        return DistributedDataParallel(model)
+    if form == "own":
+        own = _Own(model.distiller)
+        exclude_from_ddp(own)
+        return DistributedDataParallel(own)
+    student = DistributedDataParallel(model.student)
+
+    def forward(x: Tensor, y: Tensor) -> DistilledOutput:
+        out, loss = student(x, y), model.distiller.loss()
+        return DistilledOutput(out, loss.total, loss.terms)
+
+    return forward
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    for form in FORMS:
+        model = _model(seed=100 + rank)
+        part = slice(rank * 4, rank * 4 + 4)
+        accumulate = 2 if form == "accumulation" else 1
+        _train(_call(form, model), model.distiller, list(model.parameters()), part, accumulate)
+        torch.save(model.state_dict(), Path(folder, f"{form}-{rank}.pt"))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def trained() -> dict[str, list[dict[str, Tensor]]]:
+    """State of every process after each form of training; the processes are started once, as that takes longest."""
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(_worker, (folder,), nprocs=RANKS)
+        return {
+            form: [torch.load(Path(folder, f"{form}-{rank}.pt"), weights_only=True) for rank in range(RANKS)]
+            for form in FORMS
+        }
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_two_processes_give_the_parameters_of_one(trained, form):
+    expected, start = _whole_batch(), _model(seed=100).state_dict()
+    assert expected["distiller._extra_state"].tolist() == [STEPS, 0, 1], "the run goes on behind the stop"
+    assert "distiller.taps.loss.2.generate.weight" in expected and "distiller.taps.align.1.weight" in expected
+    first, second = trained[form]
+    for name, value in expected.items():
+        if value.is_floating_point():
+            assert not torch.equal(value, start[name]), f"{name} was not trained"
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
+        torch.testing.assert_close(first[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_parameters_of_the_distiller_are_named_for_ddp_to_ignore():
+    model = _model(seed=1)
+    wanted = [name for name, _ in model.named_parameters() if name.startswith("distiller.")]
+    assert len(wanted) == 4
+    assert model._ddp_params_and_buffers_to_ignore == wanted
