@@ -122,12 +122,13 @@ inline A max_of_lanes(Vec<A> v) {
   return m;
 }
 
-// 2^y for y <= 0, relative error below 2e-7 down to 2^-126, where it stops. NaN stays NaN.
+// 2^y for y <= 0, relative error below 2e-7 down to 2^-126, and 0 below. NaN stays NaN.
 // y = n + f with n its nearest integer (the addition of 1.5 * 2^23 leaves n in the low bits) and |f| <= 1/2;
 // 2^f is a polynomial of degree 6 (the Taylor series is within 1e-7 there), 2^n an addition to the exponent.
 inline Vec<float> exp2_nonpositive(Vec<float> y) {
   const Vec<float> magic = broadcast<float>(12582912.0f), lowest = broadcast<float>(-126.0f);
-  y = y < lowest ? lowest : y;
+  const MaskVec<float> vanishes = y < lowest;
+  y = vanishes ? lowest : y;
   const Vec<float> shifted = y + magic;
   const Vec<float> f = y - (shifted - magic);
   Vec<float> p = broadcast<float>(1.5403530393e-4f);
@@ -137,7 +138,8 @@ inline Vec<float> exp2_nonpositive(Vec<float> y) {
   p = p * f + 2.4022650696e-1f;
   p = p * f + 6.9314718056e-1f;
   p = p * f + 1.0f;
-  return (Vec<float>)((U32)p + ((U32)shifted << 23));
+  const Vec<float> scaled = (Vec<float>)((U32)p + ((U32)shifted << 23));
+  return vanishes ? Vec<float>{} : scaled;
 }
 inline Vec<double> exp2_nonpositive(Vec<double> y) {
   for (int i = 0; i < lanes_of<double>; ++i) y[i] = exp2(y[i]);
