@@ -64,6 +64,11 @@ def maps(
             )
 
 
+def single_map(loss: str, name: str, x: Any) -> None:
+    """Check one map by itself."""
+    _check_map(f"{loss}: ", name, x)
+
+
 def positive(loss: str, name: str, value: Any) -> float:
     """A finite number above 0."""
     value = number(loss, name, value)
@@ -76,7 +81,7 @@ def number(loss: str, name: str, value: Any) -> float:
     """A finite real number."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{loss}: {name} must be a number, got {_kind(value)}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # NaN too; torch.compile cannot trace math.isfinite
         raise ValueError(f"{loss}: {name} must be finite, got {value}")
     return float(value)
 
