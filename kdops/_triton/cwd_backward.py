@@ -10,7 +10,6 @@ import triton
 import triton.language as tl
 
 from kdops._triton.cwd_forward import (
-    _LOG2E,
     DOT,
     MAX_S,
     MAX_T,
@@ -32,13 +31,14 @@ from kdops._triton.tiles import (
     W_FIELD,
     as_double,
     bounds,
-    exp2,
+    exp_scale,
+    exp_scaled,
     level_sizes,
     load_tile,
-    position_offsets,
     position_strides,
     positions,
     row_pointers,
+    store_tile,
     tile_rows,
 )
 
@@ -65,7 +65,7 @@ def _gradient(level, stats, go, go_stride, total_rows, chunk, weight, tau,
               ROWS: tl.constexpr, POSITIONS: tl.constexpr, NORMALISED: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
     N, C, P = level_sizes(level)
     W = tl.load(level + W_FIELD)
-    n, c, exists, split, start, stop = tile_rows(tl.program_id(0), N, C, P, chunk, ORDER, VEC, ROWS)
+    n, c, exists, split, start, stop = tile_rows(tl.program_id(0), N, C, P, chunk, ORDER, VEC, ROWS, POSITIONS)
     exists = tl.expand_dims(exists, 1)
     s_rows = row_pointers(level, STUDENT, n, c, S_TYPE, ORDER, S_MODE, VEC)
     t_rows = row_pointers(level, TEACHER, n, c, T_TYPE, ORDER, T_MODE, VEC)
@@ -93,19 +93,24 @@ def _gradient(level, stats, go, go_stride, total_rows, chunk, weight, tau,
     t_max = tl.load(stat + total_rows * MAX_T, mask=exists, other=0.0)
     s_factor = factor / tl.load(stat + total_rows * Z_S, mask=exists, other=1.0)
     t_factor = factor / tl.load(stat + total_rows * Z_T, mask=exists, other=1.0)
+    s_k, t_k = exp_scale(s_k), exp_scale(t_k)
     begin, end = bounds(start, stop, WIDE)
-    for p0 in range(begin, end, POSITIONS):
-        p, p_exists = positions(p0, P, ORDER, VEC, POSITIONS, WIDE)
-        mask = exists & tl.expand_dims(p_exists, 0)
-        s = load_tile(s_rows, p, mask, W, s_h, s_w, ORDER, S_MODE, ACC)
-        t = load_tile(t_rows, p, mask, W, t_h, t_w, ORDER, T_MODE, ACC)
-        s_exp = exp2((s - s_max) * (s_k * _LOG2E))
-        t_exp = exp2((t - t_max) * (t_k * _LOG2E))
-        gradient = s_factor * s_exp - t_factor * t_exp
+    for p0 in range(begin, end, POSITIONS * 2):
+        p1, inside = positions(p0, end, ORDER, VEC, POSITIONS)
+        p2, inside2 = positions(p0 + POSITIONS, end, ORDER, VEC, POSITIONS)
+        mask1, mask2 = exists & inside, exists & inside2
+        # Both tiles are loaded before either is stored: the compiler may not move a load over a store.
+        s1 = load_tile(s_rows, p1, mask1, W, s_h, s_w, ORDER, S_MODE, ACC)
+        t1 = load_tile(t_rows, p1, mask1, W, t_h, t_w, ORDER, T_MODE, ACC)
+        s2 = load_tile(s_rows, p2, mask2, W, s_h, s_w, ORDER, S_MODE, ACC)
+        t2 = load_tile(t_rows, p2, mask2, W, t_h, t_w, ORDER, T_MODE, ACC)
+        g1 = s_factor * exp_scaled((s1 - s_max) * s_k) - t_factor * exp_scaled((t1 - t_max) * t_k)
+        g2 = s_factor * exp_scaled((s2 - s_max) * s_k) - t_factor * exp_scaled((t2 - t_max) * t_k)
         if NORMALISED:
-            gradient -= (s - mean) * slope
-        out = g_rows + position_offsets(p, W, g_h, g_w, ORDER, G_MODE)
-        tl.store(out, gradient.to(S_TYPE), mask=mask)
+            g1 -= (s1 - mean) * slope
+            g2 -= (s2 - mean) * slope
+        store_tile(g_rows, p1, mask1, W, g_h, g_w, ORDER, G_MODE, g1.to(S_TYPE))
+        store_tile(g_rows, p2, mask2, W, g_h, g_w, ORDER, G_MODE, g2.to(S_TYPE))
 
 
 @triton.jit(do_not_specialize=["go_stride", "total_rows", "chunk", "weight", "tau"])

@@ -19,7 +19,7 @@ ln(Z_S / Z_T), whose terms stay small whatever the mean of the maps. Parts are c
 import triton
 import triton.language as tl
 
-from kdops._triton.statistics import merge_lanes, merge_parts, scale_of, welford
+from kdops._triton.statistics import PRODUCT, merge_means, merge_parts, merge_sums, scale_of, welford
 from kdops._triton.tiles import (
     ALIGNED,
     C_FIELD,
@@ -31,10 +31,12 @@ from kdops._triton.tiles import (
     ROW0,
     STUDENT,
     TEACHER,
+    UNROLL,
     W_FIELD,
     as_double,
     bounds,
-    exp2,
+    exp_scale,
+    exp_scaled,
     lane_counts,
     level_sizes,
     load_tile,
@@ -48,7 +50,6 @@ from kdops._triton.tiles import (
 # Fields of `stats`, [R] each; the first four are equal in all rows of a channel.
 MEAN_S, R_S, R_T, Q_S = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 MAX_S, MAX_T, Z_S, Z_T, DOT = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
-_LOG2E = tl.constexpr(1.4426950408889634)
 _INF = tl.constexpr(float("inf"))
 _NAN = tl.constexpr(float("nan"))
 
@@ -60,7 +61,7 @@ def _moments(level, parts, total_parts, chunk,
              POSITIONS: tl.constexpr):  # fmt: skip
     N, C, P = level_sizes(level)
     W = tl.load(level + W_FIELD)
-    n, c, exists, split, start, stop = tile_rows(tl.program_id(0), N, C, P, chunk, ORDER, VEC, ROWS)
+    n, c, exists, split, start, stop = tile_rows(tl.program_id(0), N, C, P, chunk, ORDER, VEC, ROWS, POSITIONS)
     exists = tl.expand_dims(exists, 1)
     s_rows = row_pointers(level, STUDENT, n, c, S_TYPE, ORDER, S_MODE, VEC)
     t_rows = row_pointers(level, TEACHER, n, c, T_TYPE, ORDER, T_MODE, VEC)
@@ -76,25 +77,26 @@ def _moments(level, parts, total_parts, chunk,
     t_max = tl.full([ROWS, POSITIONS], -_INF, ACC)
     count = tl.zeros([1, 1], ACC)
     begin, end = bounds(start, stop, WIDE)
-    for p0 in range(begin, end, POSITIONS):
-        p, p_exists = positions(p0, P, ORDER, VEC, POSITIONS, WIDE)
-        mask = exists & tl.expand_dims(p_exists, 0)
-        s = load_tile(s_rows, p, mask, W, s_h, s_w, ORDER, S_MODE, ACC)
-        t = load_tile(t_rows, p, mask, W, t_h, t_w, ORDER, T_MODE, ACC)
-        count += 1.0
-        s_mean, s_m2 = welford(s, mask, s_mean, s_m2, 1.0 / count)
-        t_mean, t_m2 = welford(t, mask, t_mean, t_m2, 1.0 / count)
-        s_max = tl.maximum(s_max, tl.where(mask, s, -_INF))
-        t_max = tl.maximum(t_max, tl.where(mask, t, -_INF))
+    for p0 in range(begin, end, POSITIONS * UNROLL):
+        for u in tl.static_range(UNROLL):
+            p, inside = positions(p0 + u * POSITIONS, end, ORDER, VEC, POSITIONS)
+            mask = exists & inside
+            s = load_tile(s_rows, p, mask, W, s_h, s_w, ORDER, S_MODE, ACC)
+            t = load_tile(t_rows, p, mask, W, t_h, t_w, ORDER, T_MODE, ACC)
+            count += 1.0
+            s_mean, s_m2 = welford(s, mask, s_mean, s_m2, 1.0 / count)
+            t_mean, t_m2 = welford(t, mask, t_mean, t_m2, 1.0 / count)
+            s_max = tl.maximum(s_max, tl.where(mask, s, -_INF))
+            t_max = tl.maximum(t_max, tl.where(mask, t, -_INF))
     counts = lane_counts(start, stop, POSITIONS).to(ACC)
     total = (stop - start).to(ACC)
-    s_mean, s_m2 = merge_lanes(s_mean, s_m2, s_first, counts, total)
-    t_mean, t_m2 = merge_lanes(t_mean, t_m2, t_first, counts, total)
+    s_centre = merge_means(s_mean, s_first, counts, total)
+    t_centre = merge_means(t_mean, t_first, counts, total)
     out = parts + tl.load(level + PART0) + tl.expand_dims((split * N + n).to(tl.int64) * C + c, 1)
-    tl.store(out, s_mean, mask=exists)
-    tl.store(out + total_parts, s_m2, mask=exists)
-    tl.store(out + total_parts * 2, t_mean, mask=exists)
-    tl.store(out + total_parts * 3, t_m2, mask=exists)
+    tl.store(out, s_centre, mask=exists)
+    tl.store(out + total_parts, merge_sums(s_m2, counts, s_mean - s_centre, s_mean - s_centre), mask=exists)
+    tl.store(out + total_parts * 2, t_centre, mask=exists)
+    tl.store(out + total_parts * 3, merge_sums(t_m2, counts, t_mean - t_centre, t_mean - t_centre), mask=exists)
     tl.store(out + total_parts * 4, tl.expand_dims(tl.max(s_max, 1), 1), mask=exists)
     tl.store(out + total_parts * 5, tl.expand_dims(tl.max(t_max, 1), 1), mask=exists)
 
@@ -122,8 +124,9 @@ def cwd_merge(table, parts, stats, total_parts: tl.int64, total_rows: tl.int64, 
     exists = c < C
     parts += tl.load(level + PART0)
     chunk = chunk.to(tl.int64)
-    s_mean, s_m2 = merge_parts(parts, total_parts, c, exists, N, C, P, chunk, ACC, CHANNELS, ENTRIES)
-    t_mean, t_m2 = merge_parts(parts + 2 * total_parts, total_parts, c, exists, N, C, P, chunk, ACC, CHANNELS, ENTRIES)
+    s, t = parts, parts + total_parts * 2
+    s_mean, s_m2 = merge_parts(s, s, s + total_parts, c, exists, N, C, P, chunk, PRODUCT, ACC, CHANNELS, ENTRIES)
+    t_mean, t_m2 = merge_parts(t, t, t + total_parts, c, exists, N, C, P, chunk, PRODUCT, ACC, CHANNELS, ENTRIES)
     count = (P * N).to(ACC)
     s_r, s_q = scale_of(s_m2, count, as_double(eps).to(ACC), NORM)
     t_r, t_q = scale_of(t_m2, count, as_double(eps).to(ACC), NORM)
@@ -175,7 +178,7 @@ def _sums(level, unit, stats, losses, parts, total_rows, total_parts, chunk, wei
           SPLIT: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
     N, C, P = level_sizes(level)
     W = tl.load(level + W_FIELD)
-    n, c, exists, split, start, stop = tile_rows(unit, N, C, P, chunk, ORDER, VEC, ROWS)
+    n, c, exists, split, start, stop = tile_rows(unit, N, C, P, chunk, ORDER, VEC, ROWS, POSITIONS)
     exists = tl.expand_dims(exists, 1)
     s_rows = row_pointers(level, STUDENT, n, c, S_TYPE, ORDER, S_MODE, VEC)
     t_rows = row_pointers(level, TEACHER, n, c, T_TYPE, ORDER, T_MODE, VEC)
@@ -194,18 +197,19 @@ def _sums(level, unit, stats, losses, parts, total_rows, total_parts, chunk, wei
     st = tl.zeros([ROWS, POSITIONS], ACC)
     divergence = tl.zeros([ROWS, POSITIONS], ACC)
     begin, end = bounds(start, stop, WIDE)
-    for p0 in range(begin, end, POSITIONS):
-        p, p_exists = positions(p0, P, ORDER, VEC, POSITIONS, WIDE)
-        mask = exists & tl.expand_dims(p_exists, 0)
-        s = load_tile(s_rows, p, mask, W, s_h, s_w, ORDER, S_MODE, ACC) - s_max
-        t = load_tile(t_rows, p, mask, W, t_h, t_w, ORDER, T_MODE, ACC) - t_max
-        s_exp = tl.where(mask, exp2(s * (s_k * _LOG2E)), 0.0)
-        t_exp = tl.where(mask, exp2(t * (t_k * _LOG2E)), 0.0)
-        z_s += s_exp
-        z_t += t_exp
-        ss += s_exp * s
-        st += t_exp * s
-        divergence += t_exp * (t * t_k - s * s_k)
+    for p0 in range(begin, end, POSITIONS * UNROLL):
+        for u in tl.static_range(UNROLL):
+            p, inside = positions(p0 + u * POSITIONS, end, ORDER, VEC, POSITIONS)
+            mask = exists & inside
+            s = load_tile(s_rows, p, mask, W, s_h, s_w, ORDER, S_MODE, ACC) - s_max
+            t = load_tile(t_rows, p, mask, W, t_h, t_w, ORDER, T_MODE, ACC) - t_max
+            s_exp = tl.where(mask, exp_scaled(s * exp_scale(s_k)), 0.0)
+            t_exp = tl.where(mask, exp_scaled(t * exp_scale(t_k)), 0.0)
+            z_s += s_exp
+            z_t += t_exp
+            ss += s_exp * s
+            st += t_exp * s
+            divergence += t_exp * (t * t_k - s * s_k)
     z_s = tl.expand_dims(tl.sum(z_s, 1), 1)
     z_t = tl.expand_dims(tl.sum(z_t, 1), 1)
     ss = tl.expand_dims(tl.sum(ss, 1), 1)
@@ -257,7 +261,7 @@ def _online(level, stats, losses, parts, total_rows, total_parts, chunk, weight,
             SPLIT: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
     N, C, P = level_sizes(level)
     W = tl.load(level + W_FIELD)
-    n, c, exists, split, start, stop = tile_rows(tl.program_id(0), N, C, P, chunk, ORDER, VEC, ROWS)
+    n, c, exists, split, start, stop = tile_rows(tl.program_id(0), N, C, P, chunk, ORDER, VEC, ROWS, POSITIONS)
     exists = tl.expand_dims(exists, 1)
     s_rows = row_pointers(level, STUDENT, n, c, S_TYPE, ORDER, S_MODE, VEC)
     t_rows = row_pointers(level, TEACHER, n, c, T_TYPE, ORDER, T_MODE, VEC)
@@ -272,25 +276,26 @@ def _online(level, stats, losses, parts, total_rows, total_parts, chunk, weight,
     z_t = tl.zeros([ROWS, POSITIONS], ACC)
     difference = tl.zeros([ROWS, POSITIONS], ACC)  # sum of e_T ((t - t_ref) - (s - s_ref))
     begin, end = bounds(start, stop, WIDE)
-    for p0 in range(begin, end, POSITIONS):
-        p, p_exists = positions(p0, P, ORDER, VEC, POSITIONS, WIDE)
-        mask = exists & tl.expand_dims(p_exists, 0)
-        s = load_tile(s_rows, p, mask, W, s_h, s_w, ORDER, S_MODE, ACC)
-        t = load_tile(t_rows, p, mask, W, t_h, t_w, ORDER, T_MODE, ACC)
-        # One exponential either rescales the sum to a new maximum or adds the element to it.
-        s_exp = exp2(-tl.abs(s - s_max) * (k * _LOG2E))
-        t_exp = exp2(-tl.abs(t - t_max) * (k * _LOG2E))
-        d = (t - t_ref) - (s - s_ref)
-        t_rises = t > t_max
-        z_s = tl.where(mask, tl.where(s > s_max, z_s * s_exp + 1.0, z_s + s_exp), z_s)
-        z_t = tl.where(mask, tl.where(t_rises, z_t * t_exp + 1.0, z_t + t_exp), z_t)
-        difference = tl.where(mask, tl.where(t_rises, difference * t_exp + d, difference + t_exp * d), difference)
-        s_max = tl.maximum(s_max, tl.where(mask, s, -_INF))
-        t_max = tl.maximum(t_max, tl.where(mask, t, -_INF))
+    for p0 in range(begin, end, POSITIONS * UNROLL):
+        for u in tl.static_range(UNROLL):
+            p, inside = positions(p0 + u * POSITIONS, end, ORDER, VEC, POSITIONS)
+            mask = exists & inside
+            s = load_tile(s_rows, p, mask, W, s_h, s_w, ORDER, S_MODE, ACC)
+            t = load_tile(t_rows, p, mask, W, t_h, t_w, ORDER, T_MODE, ACC)
+            # One exponential either rescales the sum to a new maximum or adds the element to it.
+            s_exp = exp_scaled(-tl.abs(s - s_max) * exp_scale(k))
+            t_exp = exp_scaled(-tl.abs(t - t_max) * exp_scale(k))
+            d = (t - t_ref) - (s - s_ref)
+            t_rises = t > t_max
+            z_s = tl.where(mask, tl.where(s > s_max, z_s * s_exp + 1.0, z_s + s_exp), z_s)
+            z_t = tl.where(mask, tl.where(t_rises, z_t * t_exp + 1.0, z_t + t_exp), z_t)
+            difference = tl.where(mask, tl.where(t_rises, difference * t_exp + d, difference + t_exp * d), difference)
+            s_max = tl.maximum(s_max, tl.where(mask, s, -_INF))
+            t_max = tl.maximum(t_max, tl.where(mask, t, -_INF))
     s_top = tl.expand_dims(tl.max(s_max, 1), 1)
     t_top = tl.expand_dims(tl.max(t_max, 1), 1)
-    s_lane = tl.where(s_max == s_top, 1.0, exp2((s_max - s_top) * (k * _LOG2E)))
-    t_lane = tl.where(t_max == t_top, 1.0, exp2((t_max - t_top) * (k * _LOG2E)))
+    s_lane = tl.where(s_max == s_top, 1.0, exp_scaled((s_max - s_top) * exp_scale(k)))
+    t_lane = tl.where(t_max == t_top, 1.0, exp_scaled((t_max - t_top) * exp_scale(k)))
     # A row with an infinite element has no softmax; its running sum would look finite.
     z_s = tl.where(tl.abs(s_top) == _INF, _NAN, tl.expand_dims(tl.sum(z_s * s_lane, 1), 1))
     z_t = tl.where(tl.abs(t_top) == _INF, _NAN, tl.expand_dims(tl.sum(z_t * t_lane, 1), 1))
@@ -363,8 +368,8 @@ def cwd_finish(table, stats, losses, parts, total_rows: tl.int64, total_parts: t
             t_max = tl.maximum(t_max, tl.load(part + total_parts * 3, mask=exists, other=0.0))
         for split in range(0, splits):
             part = parts + split * step
-            s_part = exp2((tl.load(part + total_parts * 2, mask=exists, other=0.0) - s_max) * (k * _LOG2E))
-            t_part = exp2((tl.load(part + total_parts * 3, mask=exists, other=0.0) - t_max) * (k * _LOG2E))
+            s_part = exp_scaled((tl.load(part + total_parts * 2, mask=exists, other=0.0) - s_max) * exp_scale(k))
+            t_part = exp_scaled((tl.load(part + total_parts * 3, mask=exists, other=0.0) - t_max) * exp_scale(k))
             z_s += s_part * tl.load(part, mask=exists, other=1.0)
             z_t += t_part * tl.load(part + total_parts, mask=exists, other=1.0)
             divergence += t_part * tl.load(part + total_parts * 4, mask=exists, other=0.0)

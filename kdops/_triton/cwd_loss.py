@@ -14,12 +14,11 @@ from torch import Tensor
 
 from kdops._triton.cwd_backward import cwd_gradient
 from kdops._triton.cwd_forward import cwd_finish, cwd_merge, cwd_moments, cwd_online, cwd_sums
-from kdops._triton.plan import DTYPES, Group, double_bits, groups, on_device
+from kdops._triton.plan import DTYPES, MERGE, Group, double_bits, groups, on_device
 
 STATS_FIELDS = 9
 _PART_FIELDS = 6  # of cwd_moments and cwd_online; cwd_sums needs one less
-_MEAN, _SUM, _NONE = 0, 1, 2
-_MERGE = {"CHANNELS": 8, "ENTRIES": 128, "num_warps": 4}
+_MEAN, _NONE = 0, 2
 _FINISH_ROWS = 256
 
 
@@ -96,9 +95,9 @@ def _forward_group(
     rows, chunk, levels = stats.shape[1], group.tiling.chunk, len(group.levels)
     if norm:
         cwd_moments[group.grid](table, parts, group.parts, chunk, **group.constants)
-        grid = (-(-group.max_channels // _MERGE["CHANNELS"]), levels)
+        grid = (-(-group.max_channels // MERGE["CHANNELS"]), levels)
         acc = DTYPES[group.acc]
-        cwd_merge[grid](table, parts, stats, group.parts, rows, chunk, double_bits(eps), ACC=acc, NORM=norm, **_MERGE)
+        cwd_merge[grid](table, parts, stats, group.parts, rows, chunk, double_bits(eps), ACC=acc, NORM=norm, **MERGE)
     arguments = (table, stats, losses, parts, rows, group.parts, chunk, double_bits(loss_weight), double_bits(tau))
     mean = reduction == _MEAN
     kernel = cwd_sums if norm else cwd_online

@@ -20,13 +20,14 @@ from torch import Tensor
 
 from kdops._triton.tiles import FIELDS_PER_LEVEL, LEVELS_PER_FILL, STRIDES, fill_strides, fill_table
 
-TILE = 2048  # elements of a tile; WARPS warps hold eight per thread, one 16-byte load in half precision
-WARPS = 8
+WARPS = 4
+_PER_THREAD = 8  # elements of a tile; in channels_last, where every channel has parameters of its own, 16 bytes
 PROGRAMS = 2048  # split rows until a launch has so many programs: about 15 for each of a large GPU's 132 SMs
 _MIN_STEPS = 8  # tiles that a program reads at least where rows are split, to pay for its prologue
-_WASTE = 1.125  # lanes launched per element: take the largest tile within this, else the one with the least
+_WASTE = 1.1  # lanes launched per element: take the largest tile within this, else the one with the least
 _HALF = 31  # two numbers below 2**31 travel in one argument, as tiles.py unpacks them
 _ARGUMENTS_PER_LEVEL = 7
+MERGE = {"CHANNELS": 8, "ENTRIES": 128, "num_warps": 4}  # tile of the merge kernels: channels by (image, split)
 
 DTYPES = {
     torch.float16: tl.float16,
@@ -136,7 +137,10 @@ def _group(
     indices: tuple[int, ...], levels: list[tuple[Map, ...]], offsets: list[int], order: int, acc: torch.dtype
 ) -> Group:
     shapes = tuple(level[0].shape for level in levels)
-    tiling = plan_tiles(shapes, order, TILE if acc == torch.float32 else TILE // 2)
+    per_thread = _PER_THREAD if acc == torch.float32 else _PER_THREAD // 2
+    if order == 1:
+        per_thread = min(per_thread, 16 // max(x.dtype.itemsize for x in levels[0]))
+    tiling = plan_tiles(shapes, order, per_thread * 32 * WARPS)
     alignments = [_alignment(level, order) for level in levels]
     vec = alignments[max(range(len(levels)), key=lambda j: math.prod(shapes[j]))]
     constants = {"S_TYPE": DTYPES[levels[0][0].dtype], "T_TYPE": DTYPES[levels[0][1].dtype], "ACC": DTYPES[acc]}
@@ -171,11 +175,11 @@ def plan_tiles(shapes: tuple[tuple[int, ...], ...], order: int, tile: int) -> Ti
     """Tile sizes that waste few lanes, and a chunk that gives enough programs. order 0: NCHW, 1: channels_last."""
     maps = [(n, c, h * w) for n, c, h, w in shapes]
     if order == 0:
-        candidates = [size for size in (2048, 1024, 512, 256, 128, 64, 32, 16) if size <= tile]
+        candidates = [size for size in (1024, 512, 256, 128, 64, 32, 16) if size <= tile]
         positions = _fitting(candidates, [(p, n * c) for n, c, p in maps])
         rows = tile // positions
     else:
-        rows = _fitting([128, 64, 32, 16], [(c, n * p) for n, c, p in maps])
+        rows = _fitting([64, 32, 16], [(c, n * p) for n, c, p in maps])
         positions = tile // rows
 
     def row_blocks(n: int, c: int) -> int:

@@ -7,6 +7,9 @@ an element of its own row or channel, so that a constant channel has a variance 
 import triton
 import triton.language as tl
 
+# What merge_parts sums over a channel, of a and b about their means: a * b, or (a - b)^2.
+PRODUCT, DISTANCE = tl.constexpr(0), tl.constexpr(1)
+
 
 @triton.jit
 def welford(x, mask, mean, m2, share):
@@ -18,39 +21,60 @@ def welford(x, mask, mean, m2, share):
 
 
 @triton.jit
-def merge_lanes(mean, m2, first, count, total):
-    """[ROWS, 1] mean and M2 of [ROWS, lanes]. The second sum takes out the rounding of the first."""
+def merge_means(mean, first, count, total):
+    """[ROWS, 1] mean of [ROWS, lanes]. The second sum takes out the rounding of the first."""
     centre = first + tl.expand_dims(tl.sum(count * (mean - first), 1), 1) / total
-    centre += tl.expand_dims(tl.sum(count * (mean - centre), 1), 1) / total
-    shift = mean - centre
-    return centre, tl.expand_dims(tl.sum(m2 + count * shift * shift, 1), 1)
+    return centre + tl.expand_dims(tl.sum(count * (mean - centre), 1), 1) / total
 
 
 @triton.jit
-def merge_parts(parts, total_parts, c, exists, N, C, P, chunk, ACC: tl.constexpr, CHANNELS: tl.constexpr,
+def merge_sums(m2, count, shift, other_shift):
+    """[ROWS, 1] centred sum of [ROWS, lanes] whose means are shifted from the common mean."""
+    return tl.expand_dims(tl.sum(m2 + count * shift * other_shift, 1), 1)
+
+
+@triton.jit
+def _shift_product(a, b, KIND: tl.constexpr):
+    if KIND == DISTANCE:
+        return (a - b) * (a - b)
+    else:
+        return a * b
+
+
+@triton.jit
+def merge_parts(a, b, sums, c, exists, N, C, P, chunk, KIND: tl.constexpr, ACC: tl.constexpr, CHANNELS: tl.constexpr,
                 ENTRIES: tl.constexpr):  # fmt: skip
-    """[CHANNELS, 1] mean and M2 of whole channels from parts [mean, M2] of all images and splits.
+    """[CHANNELS, 1] mean of a and centred sum over whole channels, from the parts of all images and splits.
 
     Part `split*N*C + n*C + c` is entry `split*N + n` of channel c.
     """
     entries = (tl.cdiv(P, chunk) * N).to(tl.int32)
     c = tl.expand_dims(c, 1)
     exists = tl.expand_dims(exists, 1)
-    first = tl.load(parts + c, mask=exists, other=0.0)
-    mean = tl.zeros([CHANNELS, ENTRIES], ACC) + first
+    a_first = tl.load(a + c, mask=exists, other=0.0)
+    b_first = tl.load(b + c, mask=exists, other=0.0)
+    a_mean = tl.zeros([CHANNELS, ENTRIES], ACC) + a_first
+    b_mean = tl.zeros([CHANNELS, ENTRIES], ACC) + b_first
     m2 = tl.zeros([CHANNELS, ENTRIES], ACC)
     count = tl.zeros([1, ENTRIES], ACC)
     for e0 in range(0, entries, ENTRIES):
         e = tl.expand_dims(e0 + tl.arange(0, ENTRIES), 0)
-        length = tl.where(e < entries, tl.minimum(chunk, P - (e // N) * chunk), 0).to(ACC)
-        part = parts + e.to(tl.int64) * C + c
         mask = exists & (e < entries)
-        step = tl.where(mask, tl.load(part, mask=mask, other=0.0) - mean, 0.0)
+        part = e.to(tl.int64) * C + c
+        length = tl.where(e < entries, tl.minimum(chunk, P - (e // N) * chunk), 0).to(ACC)
         weight = length / tl.maximum(count + length, 1.0)
-        mean += step * weight
-        m2 += tl.load(part + total_parts, mask=mask, other=0.0) + step * step * (count * weight)
+        a_step = tl.where(mask, tl.load(a + part, mask=mask, other=0.0) - a_mean, 0.0)
+        b_step = tl.where(mask, tl.load(b + part, mask=mask, other=0.0) - b_mean, 0.0)
+        product = _shift_product(a_step, b_step, KIND)
+        m2 += tl.load(sums + part, mask=mask, other=0.0) + product * (count * weight)
+        a_mean += a_step * weight
+        b_mean += b_step * weight
         count += length
-    return merge_lanes(mean, m2, first, count, (P * N).to(ACC))
+    total = (P * N).to(ACC)
+    a_centre = merge_means(a_mean, a_first, count, total)
+    b_centre = merge_means(b_mean, b_first, count, total)
+    product = _shift_product(a_mean - a_centre, b_mean - b_centre, KIND)
+    return a_centre, tl.expand_dims(tl.sum(m2 + count * product, 1), 1)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ STRIDES = tl.constexpr(12)
 LEVEL_FIELDS = tl.constexpr(24)
 FIELDS_PER_LEVEL = 24
 LEVELS_PER_FILL = 4
+UNROLL = tl.constexpr(2)  # tiles per step of a loop: their loads are in flight together
 _HALF, _LOW = tl.constexpr(31), tl.constexpr(2**31 - 1)  # two numbers below 2**31 travel in one argument
 
 _FILL_ARGUMENTS = [f"{name}{i}" for i in range(LEVELS_PER_FILL) for name in ("s", "t", "g", "nc", "hw", "rk", "part")]
@@ -91,10 +92,19 @@ def as_double(bits):
 
 
 @triton.jit
-def exp2(x):
-    # ex2.approx in single precision; in double precision only exp has a library function in every Triton release.
+def exp_scale(k):
+    """What turns x into the argument of `exp_scaled`, so that exp_scaled(x * exp_scale(k)) is e^(k x)."""
+    if k.dtype == tl.float64:
+        return k
+    else:
+        return k * 1.4426950408889634
+
+
+@triton.jit
+def exp_scaled(x):
+    # The hardware has 2^x in single precision; in double precision the library has e^x.
     if x.dtype == tl.float64:
-        return tl.exp(x * 0.6931471805599453)
+        return tl.exp(x)
     else:
         return tl.exp2(x)
 
@@ -109,13 +119,14 @@ def level_sizes(level):
 
 
 @triton.jit
-def tile_rows(unit, N, C, P, chunk, ORDER: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr):
+def tile_rows(unit, N, C, P, chunk, ORDER: tl.constexpr, VEC: tl.constexpr, ROWS: tl.constexpr,
+              POSITIONS: tl.constexpr):  # fmt: skip
     """Program -> image and channel of its rows, which of them exist, its split and the positions of that split.
 
     Programs that read neighbouring memory are neighbours: splits of a row in NCHW, channels of a position else.
     A program past the level's last one gets no positions.
     """
-    chunk = chunk.to(tl.int64)
+    chunk = chunk.to(tl.int64) // POSITIONS * POSITIONS
     splits = tl.cdiv(P, chunk).to(tl.int32)
     lane = tl.arange(0, ROWS)
     if ORDER == 0:
@@ -189,17 +200,17 @@ def load_tile(rows, p, mask, W, stride_h, stride_w, ORDER: tl.constexpr, MODE: t
 
 
 @triton.jit
-def positions(p0, P, ORDER: tl.constexpr, VEC: tl.constexpr, POSITIONS: tl.constexpr, WIDE: tl.constexpr):
-    """Positions p0.. of a tile and which of them exist; 32 bits wide unless a map has more positions than that."""
+def store_tile(rows, p, mask, W, stride_h, stride_w, ORDER: tl.constexpr, MODE: tl.constexpr, value):
+    tl.store(rows + position_offsets(p, W, stride_h, stride_w, ORDER, MODE), value, mask=mask)
+
+
+@triton.jit
+def positions(p0, end, ORDER: tl.constexpr, VEC: tl.constexpr, POSITIONS: tl.constexpr):
+    """Positions p0.. of a tile and which of them lie before end, in the width of the loop's counter."""
     if ORDER == 0:
-        P = P // VEC * VEC
-    if WIDE:
-        p = p0 + tl.arange(0, POSITIONS).to(tl.int64)
-        exists = p < P
-    else:
-        p = p0 + tl.arange(0, POSITIONS)
-        exists = p < P.to(tl.int32)
-    return p, exists
+        end = end // VEC * VEC
+    p = p0 + tl.arange(0, POSITIONS)
+    return p, tl.expand_dims(p < end, 0)
 
 
 @triton.jit

@@ -1,0 +1,213 @@
+"""Device code of PKD, the squared distance of normalised maps: every pass, and the bytes it moves per element.
+
+    pass            reads     writes   fp32   bf16
+    pkd_moments     S, T      parts     8 B    4 B   means and centred sums of S, T, ST and S - T of each row
+    pkd_merge       parts     stats                  Chan's merge over each channel and its loss, a small launch
+    pkd_gradient    S, T      dS       12 B    6 B
+
+Forward and backward together: 20 B (bf16 10 B); the floor of any implementation is 12 B (6 B). These are counts: none
+of the kernels has been run on a GPU yet.
+
+The loss needs the centred sums SS, TT and ST. Its distance r_S^2 SS + r_T^2 TT - 2 r_S r_T ST loses all digits when the
+student comes close to the teacher, so DD, the centred sum of (s - t)^2, is kept as well: the same distance is
+(r_S - r_T)(r_S SS - r_T TT) + r_S r_T DD, which stays exact then, but loses digits when the maps differ in scale.
+Each channel takes the form that suits it. Parts are combined in a fixed order.
+"""
+
+import triton
+import triton.language as tl
+
+from kdops._triton.statistics import DISTANCE, PRODUCT, merge_means, merge_parts, merge_sums, scale_of
+from kdops._triton.tiles import (
+    ALIGNED,
+    CHANNEL0,
+    GRADIENT,
+    LEVEL_FIELDS,
+    PART0,
+    STUDENT,
+    TEACHER,
+    UNROLL,
+    W_FIELD,
+    as_double,
+    bounds,
+    lane_counts,
+    level_sizes,
+    load_tile,
+    position_strides,
+    positions,
+    row_pointers,
+    store_tile,
+    tile_rows,
+)
+
+# Fields of `stats`, [K] each.
+MEAN_S, R_S, MEAN_T, R_T = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
+Q_S, DOT = tl.constexpr(4), tl.constexpr(5)
+
+
+@triton.jit
+def _moments(level, parts, total_parts, chunk,
+             S_TYPE: tl.constexpr, T_TYPE: tl.constexpr, ACC: tl.constexpr, S_MODE: tl.constexpr, T_MODE: tl.constexpr,
+             ORDER: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+             POSITIONS: tl.constexpr):  # fmt: skip
+    N, C, P = level_sizes(level)
+    W = tl.load(level + W_FIELD)
+    n, c, exists, split, start, stop = tile_rows(tl.program_id(0), N, C, P, chunk, ORDER, VEC, ROWS, POSITIONS)
+    exists = tl.expand_dims(exists, 1)
+    s_rows = row_pointers(level, STUDENT, n, c, S_TYPE, ORDER, S_MODE, VEC)
+    t_rows = row_pointers(level, TEACHER, n, c, T_TYPE, ORDER, T_MODE, VEC)
+    s_h, s_w = position_strides(level, STUDENT, ORDER, S_MODE, VEC)
+    t_h, t_w = position_strides(level, TEACHER, ORDER, T_MODE, VEC)
+    s_first = tl.load(s_rows, mask=exists, other=0.0).to(ACC)
+    t_first = tl.load(t_rows, mask=exists, other=0.0).to(ACC)
+    s_mean = tl.zeros([ROWS, POSITIONS], ACC) + s_first
+    t_mean = tl.zeros([ROWS, POSITIONS], ACC) + t_first
+    ss = tl.zeros([ROWS, POSITIONS], ACC)
+    tt = tl.zeros([ROWS, POSITIONS], ACC)
+    st = tl.zeros([ROWS, POSITIONS], ACC)
+    dd = tl.zeros([ROWS, POSITIONS], ACC)
+    count = tl.zeros([1, 1], ACC)
+    begin, end = bounds(start, stop, WIDE)
+    for p0 in range(begin, end, POSITIONS * UNROLL):
+        for u in tl.static_range(UNROLL):
+            p, inside = positions(p0 + u * POSITIONS, end, ORDER, VEC, POSITIONS)
+            mask = exists & inside
+            s = load_tile(s_rows, p, mask, W, s_h, s_w, ORDER, S_MODE, ACC)
+            t = load_tile(t_rows, p, mask, W, t_h, t_w, ORDER, T_MODE, ACC)
+            count += 1.0
+            s_step = tl.where(mask, s - s_mean, 0.0)
+            t_step = tl.where(mask, t - t_mean, 0.0)
+            s_mean += s_step / count
+            t_mean += t_step / count
+            s_left = s - s_mean
+            t_left = t - t_mean
+            ss += s_step * s_left
+            tt += t_step * t_left
+            st += s_step * t_left
+            dd += (s_step - t_step) * (s_left - t_left)
+    counts = lane_counts(start, stop, POSITIONS).to(ACC)
+    total = (stop - start).to(ACC)
+    s_centre = merge_means(s_mean, s_first, counts, total)
+    t_centre = merge_means(t_mean, t_first, counts, total)
+    s_shift = s_mean - s_centre
+    t_shift = t_mean - t_centre
+    d_shift = s_shift - t_shift
+    out = parts + tl.load(level + PART0) + tl.expand_dims((split * N + n).to(tl.int64) * C + c, 1)
+    tl.store(out, s_centre, mask=exists)
+    tl.store(out + total_parts, t_centre, mask=exists)
+    tl.store(out + total_parts * 2, merge_sums(ss, counts, s_shift, s_shift), mask=exists)
+    tl.store(out + total_parts * 3, merge_sums(tt, counts, t_shift, t_shift), mask=exists)
+    tl.store(out + total_parts * 4, merge_sums(st, counts, s_shift, t_shift), mask=exists)
+    tl.store(out + total_parts * 5, merge_sums(dd, counts, d_shift, d_shift), mask=exists)
+
+
+@triton.jit(do_not_specialize=["total_parts", "chunk"])
+def pkd_moments(table, parts, total_parts: tl.int64, chunk: tl.int64,
+                S_TYPE: tl.constexpr, T_TYPE: tl.constexpr, ACC: tl.constexpr, S_MODE: tl.constexpr,
+                T_MODE: tl.constexpr, ORDER: tl.constexpr, VEC: tl.constexpr, MIXED: tl.constexpr, WIDE: tl.constexpr,
+                ROWS: tl.constexpr, POSITIONS: tl.constexpr):  # fmt: skip
+    """Means and centred sums of student, teacher, their product and difference for each row or split of a row."""
+    level = table + tl.program_id(1) * LEVEL_FIELDS
+    for unaligned in tl.static_range(1 + MIXED):
+        if tl.load(level + ALIGNED) != unaligned:
+            _moments(level, parts, total_parts, chunk, S_TYPE, T_TYPE, ACC, S_MODE, T_MODE, ORDER,
+                     1 if unaligned else VEC, WIDE, ROWS, POSITIONS)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["total_parts", "total_channels", "chunk", "eps", "weight"])
+def pkd_merge(table, parts, stats, losses, total_parts: tl.int64, total_channels: tl.int64, chunk: tl.int64,
+              eps: tl.int64, weight: tl.int64,
+              ACC: tl.constexpr, NORM: tl.constexpr, MEAN: tl.constexpr, CHANNELS: tl.constexpr,
+              ENTRIES: tl.constexpr):  # fmt: skip
+    """Statistics of whole channels, and the weighted loss of each."""
+    level = table + tl.program_id(1) * LEVEL_FIELDS
+    N, C, P = level_sizes(level)
+    c = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    exists = c < C
+    parts += tl.load(level + PART0)
+    chunk = chunk.to(tl.int64)
+    s, t, sums = parts, parts + total_parts, parts + total_parts * 2
+    s_mean, ss = merge_parts(s, s, sums, c, exists, N, C, P, chunk, PRODUCT, ACC, CHANNELS, ENTRIES)
+    t_mean, tt = merge_parts(t, t, sums + total_parts, c, exists, N, C, P, chunk, PRODUCT, ACC, CHANNELS, ENTRIES)
+    _, st = merge_parts(s, t, sums + total_parts * 2, c, exists, N, C, P, chunk, PRODUCT, ACC, CHANNELS, ENTRIES)
+    _, dd = merge_parts(s, t, sums + total_parts * 3, c, exists, N, C, P, chunk, DISTANCE, ACC, CHANNELS, ENTRIES)
+    count = (P * N).to(ACC)
+    s_r, s_q = scale_of(ss, count, as_double(eps).to(ACC), NORM)
+    t_r, t_q = scale_of(tt, count, as_double(eps).to(ACC), NORM)
+    # Two forms of r_S^2 SS + r_T^2 TT - 2 r_S r_T ST and of r_S^2 SS - r_S r_T ST, see above.
+    near = (s_r < 4.0 * t_r) & (t_r < 4.0 * s_r)
+    surplus = s_r * ss - t_r * tt
+    distance = tl.where(near, (s_r - t_r) * surplus + s_r * t_r * dd, s_r * (s_r * ss - t_r * st) + t_r * (t_r * tt - s_r * st))
+    dot = tl.where(near, 0.5 * s_r * ((s_r - t_r) * ss + surplus + t_r * dd), s_r * (s_r * ss - t_r * st))
+    scale = as_double(weight) / (2 * P * N).to(tl.float64)
+    if MEAN:
+        scale /= C.to(tl.float64)
+    channel = tl.load(level + CHANNEL0) + tl.expand_dims(c, 1)
+    mask = tl.expand_dims(exists, 1)
+    tl.store(losses + channel, scale.to(ACC) * distance, mask=mask)
+    stats += channel
+    tl.store(stats + total_channels * MEAN_S, s_mean, mask=mask)
+    tl.store(stats + total_channels * R_S, s_r, mask=mask)
+    tl.store(stats + total_channels * MEAN_T, t_mean, mask=mask)
+    tl.store(stats + total_channels * R_T, t_r, mask=mask)
+    tl.store(stats + total_channels * Q_S, s_q, mask=mask)
+    tl.store(stats + total_channels * DOT, dot, mask=mask)
+
+
+@triton.jit
+def _gradient(level, stats, go, go_stride, total_channels, chunk, weight,
+              S_TYPE: tl.constexpr, T_TYPE: tl.constexpr, ACC: tl.constexpr, S_MODE: tl.constexpr,
+              T_MODE: tl.constexpr, G_MODE: tl.constexpr, ORDER: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+              ROWS: tl.constexpr, POSITIONS: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
+    N, C, P = level_sizes(level)
+    W = tl.load(level + W_FIELD)
+    n, c, exists, split, start, stop = tile_rows(tl.program_id(0), N, C, P, chunk, ORDER, VEC, ROWS, POSITIONS)
+    exists = tl.expand_dims(exists, 1)
+    s_rows = row_pointers(level, STUDENT, n, c, S_TYPE, ORDER, S_MODE, VEC)
+    t_rows = row_pointers(level, TEACHER, n, c, T_TYPE, ORDER, T_MODE, VEC)
+    g_rows = row_pointers(level, GRADIENT, n, c, S_TYPE, ORDER, G_MODE, VEC)
+    s_h, s_w = position_strides(level, STUDENT, ORDER, S_MODE, VEC)
+    t_h, t_w = position_strides(level, TEACHER, ORDER, T_MODE, VEC)
+    g_h, g_w = position_strides(level, GRADIENT, ORDER, G_MODE, VEC)
+    channel = tl.load(level + CHANNEL0) + tl.expand_dims(c, 1)
+    stats += channel
+    scale = as_double(weight) / (P * N).to(tl.float64)
+    if MEAN:
+        scale /= C.to(tl.float64)
+    s_mean = tl.load(stats + total_channels * MEAN_S, mask=exists, other=0.0)
+    t_mean = tl.load(stats + total_channels * MEAN_T, mask=exists, other=0.0)
+    s_r = tl.load(stats + total_channels * R_S, mask=exists, other=0.0)
+    factor = s_r * scale.to(ACC) * tl.load(go + channel * go_stride, mask=exists, other=0.0)
+    # dS = factor (xhat_S - xhat_T - (s - mean_S) q_S dot)
+    slope = tl.load(stats + total_channels * Q_S, mask=exists, other=0.0)
+    slope *= tl.load(stats + total_channels * DOT, mask=exists, other=0.0)
+    s_factor = factor * (s_r - slope)
+    t_factor = factor * tl.load(stats + total_channels * R_T, mask=exists, other=0.0)
+    begin, end = bounds(start, stop, WIDE)
+    for p0 in range(begin, end, POSITIONS * 2):
+        p1, inside1 = positions(p0, end, ORDER, VEC, POSITIONS)
+        p2, inside2 = positions(p0 + POSITIONS, end, ORDER, VEC, POSITIONS)
+        mask1, mask2 = exists & inside1, exists & inside2
+        # Both tiles are loaded before either is stored: the compiler may not move a load over a store.
+        s1 = load_tile(s_rows, p1, mask1, W, s_h, s_w, ORDER, S_MODE, ACC)
+        t1 = load_tile(t_rows, p1, mask1, W, t_h, t_w, ORDER, T_MODE, ACC)
+        s2 = load_tile(s_rows, p2, mask2, W, s_h, s_w, ORDER, S_MODE, ACC)
+        t2 = load_tile(t_rows, p2, mask2, W, t_h, t_w, ORDER, T_MODE, ACC)
+        g1 = (s1 - s_mean) * s_factor - (t1 - t_mean) * t_factor
+        g2 = (s2 - s_mean) * s_factor - (t2 - t_mean) * t_factor
+        store_tile(g_rows, p1, mask1, W, g_h, g_w, ORDER, G_MODE, g1.to(S_TYPE))
+        store_tile(g_rows, p2, mask2, W, g_h, g_w, ORDER, G_MODE, g2.to(S_TYPE))
+
+
+@triton.jit(do_not_specialize=["go_stride", "total_channels", "chunk", "weight"])
+def pkd_gradient(table, stats, go, go_stride: tl.int64, total_channels: tl.int64, chunk: tl.int64, weight: tl.int64,
+                 S_TYPE: tl.constexpr, T_TYPE: tl.constexpr, ACC: tl.constexpr, S_MODE: tl.constexpr,
+                 T_MODE: tl.constexpr, G_MODE: tl.constexpr, ORDER: tl.constexpr, VEC: tl.constexpr,
+                 MIXED: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr,
+                 MEAN: tl.constexpr):  # fmt: skip
+    """The gradient of the student. grad_output is one value (go_stride 0) or one per channel."""
+    level = table + tl.program_id(1) * LEVEL_FIELDS
+    for unaligned in tl.static_range(1 + MIXED):
+        if tl.load(level + ALIGNED) != unaligned:
+            _gradient(level, stats, go, go_stride, total_channels, chunk, weight, S_TYPE, T_TYPE, ACC, S_MODE, T_MODE,
+                      G_MODE, ORDER, 1 if unaligned else VEC, WIDE, ROWS, POSITIONS, MEAN)  # fmt: skip
