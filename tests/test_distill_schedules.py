@@ -118,7 +118,7 @@ def test_stop_drops_hooks_gradients_optimizer_state_and_the_teachers_memory():
 def test_a_step_after_the_stop_costs_what_a_plain_step_costs():
     torch.manual_seed(0)
     student, plain = Detector(24), Detector(24)
-    distiller = Distiller(student, Detector(48), [Tap("stage", loss=CWDLoss(), align=(24, 48))])
+    distiller = Distiller(student, Detector(128), [Tap("stage", loss=CWDLoss(), align=(24, 128))])
     x, y = images(4, 64), targets()
 
     def step(network: nn.Module, distilled: bool) -> float:

@@ -1,6 +1,7 @@
 """The training side: a frozen teacher beside any PyTorch training loop."""
 
 from kdops.distill.distiller import Distiller, DistillLoss
+from kdops.distill.progressive import ProgressiveDistillation, Stage
 from kdops.distill.schedules import (
     ConstantWeight,
     CosineWeight,
@@ -10,6 +11,7 @@ from kdops.distill.schedules import (
     WeightSchedule,
 )
 from kdops.distill.taps import Tap
+from kdops.distill.teacher_order import TeacherOrder, order_teachers
 from kdops.distill.wrapper import DistilledOutput, DistilledStudent, exclude_from_ddp
 
 __all__ = [
@@ -20,9 +22,13 @@ __all__ = [
     "DistilledStudent",
     "Distiller",
     "LinearWeight",
+    "ProgressiveDistillation",
+    "Stage",
     "StopDistillation",
     "Tap",
+    "TeacherOrder",
     "WarmupWeight",
     "WeightSchedule",
     "exclude_from_ddp",
+    "order_teachers",
 ]

@@ -7,6 +7,7 @@ trace them without a graph break.
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -226,22 +227,21 @@ class Frozen:
 
 
 def captured_once(
-    role: str, network: nn.Module, places: Sequence[Place], call: Callable[[nn.Module], Any]
+    role: str, network: nn.Module, places: Sequence[Place], call: Callable[[nn.Module], Any], whole: bool = False
 ) -> dict[Place, Tensor]:
-    """Return maps of a network that is not ours to freeze: run it in eval mode once and leave it as it was."""
+    """Return maps of a network that is not ours to freeze: run it in eval mode once and leave it as it was.
+
+    With ``whole`` the run goes to the end, which shows layers that run more than once.
+    """
     modes = [(module, module.training) for module in network.modules()]
-    capture = Capture(role, unwrap(network), places, stop=True)
+    capture = Capture(role, unwrap(network), places, stop=not whole)
     _eval_throughout(network)
     capture.open = True
     try:
-        with torch.no_grad():
+        with contextlib.suppress(_AllSeen), torch.no_grad():
             call(network)
-    except _AllSeen:
-        pass
+        return capture.take()
     finally:
-        maps_seen = capture.seen
         capture.remove()
         for module, training in modes:
             module.training = training
-    capture.seen = maps_seen
-    return capture.take()

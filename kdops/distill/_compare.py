@@ -61,6 +61,11 @@ class Comparison(nn.Module):
             student, teacher = self.places[index]
             self._add_align(index, students[student].shape[1], teachers[teacher].shape[1])
 
+    def drop(self) -> None:
+        """Let go of all layers and losses."""
+        self.taps, self.places, self.terms = (), [], []
+        self.align, self.loss = nn.ModuleDict(), nn.ModuleDict()
+
     def check(self, students: Maps, teachers: Maps) -> None:
         """Raise where widths or sizes do not fit."""
         with torch.no_grad():

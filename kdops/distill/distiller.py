@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import warnings
 import weakref
@@ -19,6 +18,7 @@ from kdops.distill import _average, _optimizer
 from kdops.distill._arguments import check_arguments, check_passes, loaded, unknown_widths
 from kdops.distill._capture import Frozen, Recorder, captured_once
 from kdops.distill._compare import Comparison, call_directly
+from kdops.distill._copying import copy_sharing
 from kdops.distill.schedules import StopDistillation, WeightSchedule, as_schedule
 from kdops.distill.taps import Place, Tap, find_layer, unwrap
 
@@ -122,7 +122,7 @@ class Distiller(nn.Module):
         self._used = False
         self._in_step = False  # parameters equal in all processes
         self._idle = (-1, 0)
-        self._optimizers: list[Optimizer] = []
+        self._optimizers: list[tuple[Optimizer, int]] = []
         self._zero: Tensor | None = None
         self.taps = Comparison(taps, split_terms, like=next(student.parameters(), None))
         for place, _ in self.taps.places:  # before a teacher is loaded, and before any hook is there to be left behind
@@ -130,6 +130,7 @@ class Distiller(nn.Module):
         self._owns_teacher = True
         self._teacher = Frozen("Distiller: teacher", loaded(teacher, student), [place for _, place in self.taps.places])
         self._recorder: Recorder | None = self._record()
+        self.register_load_state_dict_post_hook(_after_loading)
 
     @property
     def student(self) -> nn.Module:
@@ -200,13 +201,14 @@ class Distiller(nn.Module):
         self.taps.check(students, teachers)
         return self
 
-    def bind(self, optimizer: Optimizer) -> Distiller:
-        """Put the distiller's parameters into the optimizer's first group, where it does not have them yet.
+    def bind(self, optimizer: Optimizer, group: int = 0) -> Distiller:
+        """Put the distiller's parameters into a group of the optimizer, where it does not have them yet.
 
-        With an optimizer bound, ``align=True`` may wait for its widths until the first ``loss()``.
+        With an optimizer bound, ``align=True`` may wait for its widths until the first ``loss()``, and the end of
+        distillation drops the optimizer's state of align layers and losses.
         """
-        self._optimizers.append(optimizer)
-        _optimizer.add_missing(optimizer, list(self.taps.parameters()))
+        self._optimizers.append((optimizer, group))
+        self._enroll()
         return self
 
     def step(self) -> None:
@@ -227,7 +229,7 @@ class Distiller(nn.Module):
         for parameter in parameters:
             parameter.grad = None
             parameter.requires_grad_(False)
-        for optimizer in self._optimizers:
+        for optimizer, _ in self._optimizers:
             _optimizer.forget(optimizer, parameters)
         self.close()
         if self._stop is not None and self._stop.callback is not None:
@@ -244,10 +246,14 @@ class Distiller(nn.Module):
         if not self.stopped:
             self._recorder.clear()
 
+    def check_widths(self) -> None:
+        """Raise a RuntimeError while the widths of an align layer are unknown and no optimizer is bound."""
+        if self.taps.unknown() and not self._optimizers:
+            raise RuntimeError(unknown_widths([self.taps.taps[i].label for i in self.taps.unknown()]))
+
     def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of align layers and losses; refused while the widths of an align layer are unknown."""
-        if self.taps.unknown() and not self._optimizers:
-            raise self._unknown_widths()
+        self.check_widths()
         return super().named_parameters(*args, **kwargs)
 
     def get_extra_state(self) -> Tensor:
@@ -301,14 +307,13 @@ class Distiller(nn.Module):
         return self._teacher.run(lambda net: net(*args, **kwargs) if run is None else run(net, *args, **kwargs))
 
     def _build(self, students: dict[Place, Tensor], teachers: dict[Place, Tensor]) -> None:
-        if not self._optimizers:
-            raise self._unknown_widths()
+        self.check_widths()
         self.taps.build(students, teachers)
-        for optimizer in self._optimizers:
-            _optimizer.add_missing(optimizer, list(self.taps.parameters()))
+        self._enroll()
 
-    def _unknown_widths(self) -> RuntimeError:
-        return RuntimeError(unknown_widths([self.taps.taps[i].label for i in self.taps.unknown()]))
+    def _enroll(self) -> None:
+        for optimizer, group in self._optimizers:
+            _optimizer.add_missing(optimizer, list(self.taps.parameters()), group)
 
     def _factor(self, weight: Callable[[int, int], float]) -> float:
         return weight(self._step, self._epoch) * self._weight(self._step, self._epoch)
@@ -343,14 +348,8 @@ class Distiller(nn.Module):
         return super()._apply(fn, recurse)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Distiller:
-        twin = self.__class__.__new__(self.__class__)
-        memo[id(self)] = twin
-        state = self.__getstate__()
-        shared = {"_teacher", "_run_teacher", "_weight", "_stop"}
-        memo.update({id(state[name]): state[name] for name in shared})
-        state["_owns_teacher"] = False
-        twin.__setstate__(copy.deepcopy(state, memo))
-        return twin
+        shared = ("_teacher", "_run_teacher", "_weight", "_stop")
+        return copy_sharing(self, memo, shared, _owns_teacher=False)
 
     def __getstate__(self) -> dict[str, Any]:
         """Everything but hooks and optimizers."""
@@ -361,3 +360,9 @@ class Distiller(nn.Module):
         super().__setstate__(state)
         if not self.stopped:
             self._recorder = self._record()
+
+
+def _after_loading(distiller: Distiller, _: Any) -> None:
+    """Align layers whose widths came from a checkpoint are for the optimizer, unless distillation has ended."""
+    distiller.taps.requires_grad_(not distiller.stopped)
+    distiller._enroll()

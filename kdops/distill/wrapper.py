@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kdops.distill.distiller import Distiller
+from kdops.distill.progressive import ProgressiveDistillation
 
 __all__ = ["DistilledOutput", "DistilledStudent", "exclude_from_ddp"]
 
@@ -38,7 +40,7 @@ class DistilledStudent(nn.Module):
         distiller: a Distiller or a ProgressiveDistillation, built on the student.
     """
 
-    def __init__(self, distiller: Distiller) -> None:
+    def __init__(self, distiller: Distiller | ProgressiveDistillation) -> None:
         super().__init__()
         self.student = distiller.student
         self.distiller = distiller
@@ -50,6 +52,11 @@ class DistilledStudent(nn.Module):
             return output
         loss = self.distiller.loss()
         return DistilledOutput(output, loss.total, loss.terms)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """The student's and the distiller's parameters; refused while the widths of an align layer are unknown."""
+        self.distiller.check_widths()
+        return super().named_parameters(*args, **kwargs)
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:

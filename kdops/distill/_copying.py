@@ -1,0 +1,23 @@
+"""Copies of modules that leave some of their attributes shared."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from torch import nn
+
+__all__ = ["copy_sharing"]
+
+Kind = TypeVar("Kind", bound=nn.Module)
+
+
+def copy_sharing(module: Kind, memo: dict[int, Any], shared: Sequence[str], **changes: Any) -> Kind:
+    """Deep-copy a module by its pickled state, except for the attributes in ``shared``; then apply ``changes``."""
+    twin = module.__class__.__new__(module.__class__)
+    memo[id(module)] = twin
+    state = module.__getstate__()
+    kept = {name: state.pop(name) for name in shared}
+    twin.__setstate__({**copy.deepcopy(state, memo), **kept, **changes})
+    return twin
