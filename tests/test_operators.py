@@ -100,7 +100,7 @@ def test_compile_inside_a_model():
     """A student with align, loss and a weight that changes per step, compiled as one graph."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    student = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 16, 1))
+    student = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 16, 1, bias=False))
     image, teacher = torch.randn(2, 3, 12, 12), torch.randn(2, 16, 12, 12)
 
     def step(image, teacher, loss_weight):
