@@ -15,10 +15,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdops import CWDLoss
-from kdops.distill import DistilledOutput, DistilledStudent, Distiller, StopDistillation, Tap, exclude_from_ddp
+from kdops.distill import (
+    DistilledOutput,
+    DistilledStudent,
+    Distiller,
+    ProgressiveDistillation,
+    Stage,
+    StopDistillation,
+    Tap,
+    exclude_from_ddp,
+)
 
 STEPS, STOP, RANKS = 6, 4, 2
-FORMS = ("wrapper", "accumulation", "own", "student")
+FORMS = ("wrapper", "accumulation", "own", "student", "static", "progressive")
 
 
 class _Generator(nn.Module):
@@ -45,26 +54,37 @@ class _Own(nn.Module):
         return DistilledOutput(out, loss.total, loss.terms)
 
 
-def _model(seed: int) -> DistilledStudent:
+def _network(width: int) -> Detector:
+    network = Detector(width)
+    network.stem[1] = nn.GroupNorm(2, width)  # no statistics over the batch, which the processes share
+    return network
+
+
+def _model(form: str, seed: int) -> DistilledStudent:
     """The networks are equal everywhere, the align layers only as far as the seed."""
     torch.manual_seed(0)
-    student, teacher = Detector(6), Detector(10)
-    for network in (student, teacher):
-        network.stem[1] = nn.GroupNorm(2, network.stem[1].num_features)
+    student, teacher, other = _network(6), _network(10), _network(10)
     torch.manual_seed(seed)
-    taps = [Tap(layer, loss=CWDLoss(norm=None, tau=2.0), align=(6, 10)) for layer in LAYERS]
+    shared = nn.Conv2d(6, 10, 1, bias=False)  # one align layer of two taps
+    taps = [Tap(layer, loss=CWDLoss(norm=None, tau=2.0), align=shared) for layer in LAYERS]
     taps.append(Tap("stage", loss=_Generator(), name="generator"))
-    return DistilledStudent(Distiller(student, teacher, taps, stop=StopDistillation(step=STOP)))
+    if form == "progressive":
+        stages = [Stage(teacher, taps, steps=2), Stage(other, taps, steps=STOP - 2)]
+        distiller = ProgressiveDistillation(student, stages)
+    else:
+        distiller = Distiller(student, teacher, taps, stop=StopDistillation(step=STOP))
+    return DistilledStudent(distiller)
 
 
 def _train(
     model: Callable[..., DistilledOutput],
-    distiller: Distiller,
+    distiller: Distiller | ProgressiveDistillation,
     parameters: list[Tensor],
     part: slice,
     accumulate: int = 1,
 ) -> None:
     optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
+    distiller.bind(optimizer)
     for step in range(STEPS):
         optimizer.zero_grad()
         x, y = images(8, seed=step)[part], targets(8, seed=step)[part]
@@ -75,16 +95,16 @@ def _train(
         distiller.step()
 
 
-def _whole_batch() -> dict[str, Tensor]:
-    model = _model(seed=100)
+def _whole_batch(form: str) -> dict[str, Tensor]:
+    model = _model(form, seed=100)
     _train(model, model.distiller, list(model.parameters()), slice(None))
     return model.state_dict()
 
 
 def _call(form: str, model: DistilledStudent) -> Callable[[Tensor, Tensor], DistilledOutput]:
     """The ways to train in parallel: our wrapper, a module of one's own, the student alone."""
-    if form in ("wrapper", "accumulation"):
-        return DistributedDataParallel(model)
+    if form in ("wrapper", "accumulation", "static", "progressive"):
+        return DistributedDataParallel(model, static_graph=form == "static")
     if form == "own":
         own = _Own(model.distiller)
         exclude_from_ddp(own)
@@ -102,7 +122,7 @@ def _worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
     for form in FORMS:
-        model = _model(seed=100 + rank)
+        model = _model(form, seed=100 + rank)
         part = slice(rank * 4, rank * 4 + 4)
         accumulate = 2 if form == "accumulation" else 1
         _train(_call(form, model), model.distiller, list(model.parameters()), part, accumulate)
@@ -123,9 +143,11 @@ def trained() -> dict[str, list[dict[str, Tensor]]]:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_two_processes_give_the_parameters_of_one(trained, form):
-    expected, start = _whole_batch(), _model(seed=100).state_dict()
-    assert expected["distiller._extra_state"].tolist() == [STEPS, 0, 1], "the run goes on behind the stop"
-    assert "distiller.taps.loss.2.generate.weight" in expected and "distiller.taps.align.1.weight" in expected
+    expected, start = _whole_batch(form), _model(form, seed=100).state_dict()
+    end = 2 if form == "progressive" else 1
+    assert expected["distiller._extra_state"].tolist() == [STEPS, 0, end], "the run goes on behind the stop"
+    if form != "progressive":
+        assert "distiller.taps.loss.2.generate.weight" in expected and "distiller.taps.align.1.weight" in expected
     first, second = trained[form]
     for name, value in expected.items():
         if value.is_floating_point():
@@ -135,7 +157,7 @@ def test_two_processes_give_the_parameters_of_one(trained, form):
 
 
 def test_parameters_of_the_distiller_are_named_for_ddp_to_ignore():
-    model = _model(seed=1)
+    model = _model("wrapper", seed=1)
     wanted = [name for name, _ in model.named_parameters() if name.startswith("distiller.")]
-    assert len(wanted) == 4
+    assert len(wanted) == 3
     assert model._ddp_params_and_buffers_to_ignore == wanted

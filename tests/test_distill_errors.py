@@ -191,6 +191,15 @@ def test_teacher_on_another_device():
         distiller.loss()
 
 
+def test_align_on_another_device():
+    student, teacher = pair()
+    distiller = Distiller(student, teacher, [_tap()])
+    distiller.taps.to("meta")
+    student(images())
+    with pytest.raises(ValueError, match=r"tap 'stage': align is on meta, but the student's maps are on cpu"):
+        distiller.loss()
+
+
 def test_unknown_widths_are_refused_before_an_optimizer_misses_them():
     student, teacher = pair()
     distiller = Distiller(student, teacher, [_tap(align=True, name="p3")])

@@ -33,15 +33,14 @@ class Averaged:
     """Calls sub-modules with parameters whose gradients are averaged over the processes, all in one collective."""
 
     def __init__(self, module: nn.Module) -> None:
-        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-        self.parameters: dict[str, Tensor] = {}
-        if named:
-            names, parameters = zip(*named)
-            self.parameters = dict(zip(names, _MeanGradient.apply(*parameters)))
+        parameters = [p for p in module.parameters() if p.requires_grad]
+        self.stand_ins: dict[nn.Parameter, Tensor] = {}
+        if parameters:
+            self.stand_ins = dict(zip(parameters, _MeanGradient.apply(*parameters)))
 
-    def __call__(self, module: nn.Module, prefix: str, *args: Any) -> Any:
-        """Call ``module``, whose parameters are named ``prefix...`` in the module of the constructor."""
-        own = {n[len(prefix) :]: p for n, p in self.parameters.items() if n.startswith(prefix)}
+    def __call__(self, module: nn.Module, *args: Any) -> Any:
+        """Call a sub-module with the stand-ins of its parameters."""
+        own = {name: self.stand_ins[p] for name, p in module.named_parameters() if p in self.stand_ins}
         return functional_call(module, own, args) if own else module(*args)
 
 

@@ -14,11 +14,11 @@ from kdops.distill.taps import Place, Tap
 __all__ = ["Comparison"]
 
 Maps = Mapping[Place, Tensor]
-#: Calls a sub-module, which is named by its prefix, with tensors.
+#: Calls a sub-module with tensors.
 Caller = Callable[..., Any]
 
 
-def call_directly(module: nn.Module, prefix: str, *args: Any) -> Any:
+def call_directly(module: nn.Module, *args: Any) -> Any:
     """Call a sub-module as it is."""
     return module(*args)
 
@@ -59,7 +59,8 @@ class Comparison(nn.Module):
         """Make the align layers whose widths were not given."""
         for index in self.unknown():
             student, teacher = self.places[index]
-            self._add_align(index, students[student].shape[1], teachers[teacher].shape[1])
+            feature = students[student]
+            self._add_align(index, feature.shape[1], teachers[teacher].shape[1], feature.device)
 
     def drop(self) -> None:
         """Let go of all layers and losses."""
@@ -92,7 +93,7 @@ class Comparison(nn.Module):
     def _single(self, index: int, student: Tensor, teacher: Tensor, factor: float, call: Caller) -> Tensor:
         key = str(index)
         if key in self.loss:
-            value = call(self.loss[key], f"loss.{key}.", student, teacher)
+            value = call(self.loss[key], student, teacher)
         else:
             value = self.taps[index].loss(student, teacher)
         if not isinstance(value, Tensor) or value.dim() != 0:
@@ -105,15 +106,17 @@ class Comparison(nn.Module):
         for index, (tap, (student, teacher)) in enumerate(zip(self.taps, self.places)):
             s, t, key = students[student], teachers[teacher], str(index)
             if key in self.align:
-                _check_align_width(tap, self.align[key], s)
-                s = call(self.align[key], f"align.{key}.", s)
+                _check_align(tap, self.align[key], s)
+                s = call(self.align[key], s)
             _check_fit(tap, s, t)
             pairs.append((s, t))
         return pairs
 
-    def _add_align(self, index: int, student_width: int, teacher_width: int) -> None:
-        device, dtype = (None, None) if self._like is None else (self._like.device, self._like.dtype)
-        made = nn.Conv2d(student_width, teacher_width, 1, bias=False, device=device, dtype=dtype)
+    def _add_align(
+        self, index: int, student_width: int, teacher_width: int, device: torch.device | None = None
+    ) -> None:
+        like = torch.empty(0) if self._like is None else self._like
+        made = nn.Conv2d(student_width, teacher_width, 1, bias=False, device=device or like.device, dtype=like.dtype)
         layers = {**self.align, str(index): made}
         # In the order of the taps, so that the order of the parameters does not depend on when a layer was made.
         self.align = nn.ModuleDict({key: layers[key] for key in sorted(layers, key=int)})
@@ -132,7 +135,13 @@ class Comparison(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _check_align_width(tap: Tap, align: nn.Module, student: Tensor) -> None:
+def _check_align(tap: Tap, align: nn.Module, student: Tensor) -> None:
+    first = next(align.parameters(), student)
+    if first.device != student.device:
+        raise ValueError(
+            f"Distiller: tap '{tap.label}': align is on {first.device}, but the student's maps are on "
+            f"{student.device}; move it with distiller.to('{student.device}')"
+        )
     if isinstance(align, nn.Conv2d) and align.in_channels != student.shape[1]:
         raise ValueError(
             f"Distiller: tap '{tap.label}': align takes {align.in_channels} channels, "
