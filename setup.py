@@ -12,7 +12,7 @@ import os
 import shutil
 import sys
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 REQUIRED = os.environ.get("KDOPS_REQUIRE_EXTENSION") == "1"
 
@@ -81,4 +81,15 @@ def extension_arguments() -> dict:
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
-setup(**extension_arguments())
+def packages() -> dict:
+    """kdops, and the folder integrations/ as kdops.integrations."""
+    inner = find_packages("integrations")
+    return {
+        "packages": [*find_packages(include=["kdops", "kdops.*"]), "kdops.integrations"]
+        + [f"kdops.integrations.{name}" for name in inner],
+        "package_dir": {"kdops.integrations": "integrations"},
+        "package_data": {"kdops": ["py.typed"], "kdops.integrations": ["**/configs/**", "**/*.md"]},
+    }
+
+
+setup(**packages(), **extension_arguments())

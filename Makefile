@@ -1,0 +1,44 @@
+# Every target sets up what it needs in .venv (OpenMMLab's in .venv-openmmlab) and runs there.
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/pip install --disable-pip-version-check -q
+# What is installed as "torch": another version or index line for those who want one.
+TORCH ?= torch torchvision
+SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
+# Arguments for the program behind a target: make demo ARGS="--epochs 4"
+ARGS ?=
+
+.PHONY: demo test test-openmmlab bench lint clean help
+
+help:
+	@echo "make demo            distil a real detector and write a report      (ARGS=--help lists the options)"
+	@echo "make test            run the tests                                  (ARGS is given to pytest)"
+	@echo "make bench           measure, and write the CSV, the table, the plots"
+	@echo "make test-openmmlab  run the tests on MMRazor, MMYOLO and MMDetection (MMCV_WHEEL=path: a built mmcv)"
+	@echo "make lint            ruff"
+
+demo: $(VENV)/.ready
+	$(VENV)/bin/python -m kdops.integrations.pytorch.demo $(ARGS)
+
+test: $(VENV)/.ready
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+bench: $(VENV)/.ready
+	$(VENV)/bin/python -m benchmarks.run $(ARGS)
+	$(VENV)/bin/python -m benchmarks.report
+
+lint: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+
+$(VENV)/.packages:
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -U pip "setuptools>=77" wheel ninja
+	$(PIP) $(TORCH)
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.packages pyproject.toml setup.py $(SOURCES)
+	$(PIP) --no-build-isolation -e ".[demo,test]"
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info kdops/*.so .venv .venv-openmmlab
