@@ -69,15 +69,16 @@ def extension_arguments() -> dict:
     quiet = ["-Wno-ignored-attributes", "-Wno-psabi", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
     flags = {"cxx": ["-O3", "-g0", "-fopenmp", "-fvisibility=hidden", *quiet]}
     sources = ["csrc/bindings.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))]
+    headers = glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True)
     from_cuda, reason = cuda_sources()
     if from_cuda:
         say(f"building kdops._C with CPU and CUDA {torch.version.cuda} kernels")
         flags["cxx"].append(f"-DKDOPS_CUDA={torch.version.cuda}")
         flags["nvcc"] = ["-O3"]
-        extension = CUDAExtension("kdops._C", sources + from_cuda, include_dirs=["csrc"], extra_compile_args=flags)
+        extension = CUDAExtension("kdops._C", sources + from_cuda, include_dirs=["csrc"], extra_compile_args=flags, depends=headers)
     else:
         say(f"building kdops._C with CPU kernels; without CUDA kernels, as {reason}")
-        extension = CppExtension("kdops._C", sources, extra_compile_args=flags["cxx"])
+        extension = CppExtension("kdops._C", sources, extra_compile_args=flags["cxx"], depends=headers)
     return {"ext_modules": [extension], "cmdclass": {"build_ext": Build}}
 
 
