@@ -1,0 +1,91 @@
+"""MMYOLO's four RTMDet distillation configs give the same training with kdops as with stock MMRazor.
+
+In float32 over the recipe's first steps (its AdamW, its warm-up). Past the warm-up no two float32 runs that round
+differently stay together: a randomly initialised network and Adam's division by small gradients magnify a rounding.
+So the full learning rate is compared in float64, where what is left of that is far below the tolerance.
+"""
+from __future__ import annotations
+
+import pytest
+import rtmdet
+import torch
+
+from kdops.integrations.mmrazor import fuse, give_back, take_over
+
+SIZE = 128
+DISTILL = ("distill.loss_fpn0", "distill.loss_fpn1", "distill.loss_fpn2")
+CONNECTORS = [f"distiller.connectors.fpn{i}_s.conv_module.conv.weight" for i in range(3)]
+
+
+def stock(cfg):
+    return rtmdet.build(cfg.model)
+
+
+def taken_over(cfg):
+    take_over()
+    try:
+        model = rtmdet.build(cfg.model)
+    finally:
+        give_back()
+    assert {type(loss).__name__ for loss in model.distiller.distill_losses.values()} == {"KDOpsChannelWiseDivergence"}
+    return model
+
+
+def fused(cfg):
+    cfg, report = fuse(cfg)
+    assert report.fused == ["loss_fpn0", "loss_fpn1", "loss_fpn2"] and not report.left
+    model = rtmdet.build(cfg.model)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.distiller.modules())
+    return model
+
+
+def snapshot(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same(model, logs, expected_model, expected_logs, tolerance):
+    for step, (got, expected) in enumerate(zip(logs, expected_logs)):
+        assert set(got) == set(expected)
+        for name in DISTILL:
+            assert expected[name] > 0.01, f"{name} is silently zero in step {step}"
+        for name in expected:
+            torch.testing.assert_close(
+                got[name], expected[name], rtol=tolerance, atol=tolerance,
+                msg=lambda text, name=name, step=step: f"{name}, step {step}: {text}")
+    assert set(model.state_dict()) == set(expected_model.state_dict())
+    expected = snapshot(expected_model)
+    for name, parameter in snapshot(model).items():
+        torch.testing.assert_close(
+            parameter, expected[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("pair", rtmdet.PAIRS)
+def test_first_steps_of_the_recipe(pair):
+    cfg = rtmdet.stock_config(pair)
+    expected_model = stock(cfg)
+    expected_gradients = rtmdet.gradients(expected_model, SIZE)
+    expected_logs = rtmdet.train(expected_model, cfg, SIZE)
+    for build in (taken_over, fused):
+        model = build(cfg)
+        gradients = rtmdet.gradients(model, SIZE)
+        assert set(gradients) == set(expected_gradients)
+        for name in CONNECTORS:
+            error = (gradients[name] - expected_gradients[name]).norm() / expected_gradients[name].norm()
+            assert error <= 1e-5, f"gradient of {name}: relative error {error:.2e}"
+        logs = rtmdet.train(model, cfg, SIZE)
+        assert_same(model, logs, expected_model, expected_logs, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("pair", rtmdet.PAIRS[:2])
+def test_full_learning_rate(pair):
+    cfg = rtmdet.stock_config(pair)
+    expected_model = stock(cfg).double()
+    before = snapshot(expected_model)
+    expected_logs = rtmdet.train(expected_model, cfg, SIZE, warm_up=False)
+    for build in (taken_over, fused):
+        model = build(cfg).double()
+        logs = rtmdet.train(model, cfg, SIZE, warm_up=False)
+        assert_same(model, logs, expected_model, expected_logs, tolerance=1e-8)
+    for name in CONNECTORS:
+        moved = (snapshot(expected_model)[name] - before[name]).abs().max()
+        assert moved > cfg.optim_wrapper.optimizer.lr, f"{name} moved by {moved}: the comparison would prove nothing"
