@@ -1,0 +1,262 @@
+// Channel-wise distillation, NCHW: the blocks of a group take a channel through moments, softmax sums and gradient.
+// Not run on a GPU yet: arithmetic and indexing are tested on the host shim.
+//
+// On chip (paths 1 and 2) student and teacher are read from memory once: 6 bytes an element in half precision with the
+// gradient, 4 without. In waves (path 3) they are read three times, the second and third time from the L2 cache, as
+// long as the channels under way fit into it.
+#pragma once
+
+#include "group.h"
+
+namespace kdops::cuda {
+
+constexpr float kLog2E = 1.4426950408889634f;
+
+// Partial results of a piece, and what a block knows about each image of its channel.
+enum CwdPart { kPartMeanS, kPartM2S, kPartMaxS, kPartMeanT, kPartM2T, kPartMaxT, kPartZS, kPartZT, kPartDivergence,
+               kPartSS, kPartTS, kCwdParts };
+enum CwdImage { kImageMaxS, kImageMaxT, kImageA, kImageB, kImageDot, kCwdImages };
+constexpr int kMomentParts = kPartZS;
+enum CwdValue { kChannelMeanS, kChannelRS, kChannelRT, kChannelQS };
+
+// Sums of e_X = exp(k_X (x - max_X)) and of products with the distances from the maxima.
+struct SoftmaxSums {
+  float z_s = 0, z_t = 0, divergence = 0, s_under_s = 0, s_under_t = 0;
+};
+
+struct SoftmaxInputs {
+  float k_s, k_t, max_s, max_t;
+};
+
+template <int V>
+KDOPS_FN void add_softmax(SoftmaxSums& sums, const SoftmaxInputs& in, const float (&s)[V], const float (&t)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    const float ds = s[i] - in.max_s, dt = t[i] - in.max_t, ks = ds * in.k_s, kt = dt * in.k_t;
+    const float es = device::exp2(ks * kLog2E), et = device::exp2(kt * kLog2E);
+    sums.z_s += es;
+    sums.z_t += et;
+    sums.divergence += et * (kt - ks);
+    sums.s_under_s += es * ds;
+    sums.s_under_t += et * ds;
+  }
+}
+
+// dS = a e_S - b e_T - slope (s - mean)
+struct GradientInputs {
+  SoftmaxInputs in;
+  float a, b, slope, mean;
+};
+template <int V>
+KDOPS_FN void cwd_gradient(const GradientInputs& g, const float (&s)[V], const float (&t)[V], float (&out)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) {
+    const float es = device::exp2((s[i] - g.in.max_s) * (g.in.k_s * kLog2E));
+    const float et = device::exp2((t[i] - g.in.max_t) * (g.in.k_t * kLog2E));
+    out[i] = (g.a * es - g.b * et) - g.slope * (s[i] - g.mean);
+  }
+}
+
+template <bool kOnChip, class T>
+KDOPS_FN void write_gradient(const Piece<T>& piece, const GradientInputs& g) {
+  each_pack(piece, [&](auto width, int i) {
+    constexpr int V = decltype(width)::value;
+    float s[V], t[V], out[V];
+    load<kOnChip, V>(piece.student + i, s);
+    load<kOnChip, V>(piece.teacher + i, t);
+    cwd_gradient<V>(g, s, t, out);
+    store<V>(piece.grad + i, out);
+  });
+}
+
+template <class T, bool kOnChip>
+class CwdChannel {
+ public:
+  KDOPS_FN CwdChannel(const Problem& p) : p_(p), group_(p, kCwdImages, kCwdParts) {}
+
+  KDOPS_FN void run() {
+    for (int unit = group_.first_unit(); unit < p_.units; unit += group_.unit_step()) {
+      const Level& level = level_of(p_, unit);
+      group_.enter(level);
+      const int c = unit - level.first_unit;
+      group_.template stage<T>(level, c);
+      moments(level, c);
+      group_.share(kPartMeanS, kMomentParts, false);
+      merge_moments(level);
+      softmax(level, c);
+      group_.share(kPartZS, kCwdParts - kMomentParts, true);
+      finish_images(level, c);
+      if (p_.want_grads) gradients(level, c);
+    }
+    group_.leave();
+  }
+
+ private:
+  KDOPS_FN void moments(const Level& level, int c) const {
+    group_.template each_arriving_piece<T>(level, c, [&](const Piece<T>& x, int local, int index) {
+      LaneMoments student, teacher;
+      float count = 0, max_s = -INFINITY, max_t = -INFINITY;
+      each_pack(x, [&](auto width, int i) {
+        constexpr int V = decltype(width)::value;
+        float s[V], t[V];
+        load<kOnChip, V>(x.student + i, s);
+        load<kOnChip, V>(x.teacher + i, t);
+        student.template add<V>(s, count == 0);
+        teacher.template add<V>(t, count == 0);
+#pragma unroll
+        for (int j = 0; j < V; ++j) max_s = greater(s[j], max_s), max_t = greater(t[j], max_t);
+        count += V;
+      });
+      const Moments ms = warp_merged(student.moments(count)), mt = warp_merged(teacher.moments(count));
+      max_s = warp_max(max_s), max_t = warp_max(max_t);
+      if (device::lane() == 0) {
+        group_.put(kPartMeanS, local, index, ms.mean);
+        group_.put(kPartM2S, local, index, ms.m2);
+        group_.put(kPartMaxS, local, index, max_s);
+        group_.put(kPartMeanT, local, index, mt.mean);
+        group_.put(kPartM2T, local, index, mt.m2);
+        group_.put(kPartMaxT, local, index, max_t);
+      }
+    });
+  }
+
+  KDOPS_FN Moments merged_pieces(const Level& level, int mean_part) const {
+    Moments all = {0, 0, 0};
+    for (int i = device::lane(); i < group_.pieces(); i += kLanes)
+      all = merged(all, {static_cast<float>(length_of(level, i)), group_.get(mean_part, i), group_.get(mean_part + 1, i)});
+    return warp_merged(all);
+  }
+
+  KDOPS_FN void merge_moments(const Level& level) const {
+    float* channel = group_.channel();
+    if (device::warp() == 0) {
+      const Moments s = merged_pieces(level, kPartMeanS), t = merged_pieces(level, kPartMeanT);
+      if (device::lane() == 0) {
+        const Scale scale_s = channel_scale(p_.norm, p_.eps, s.m2, s.count);
+        const Scale scale_t = channel_scale(p_.norm, p_.eps, t.m2, t.count);
+        channel[kChannelMeanS] = p_.norm == kNoNorm ? 0.0f : s.mean;
+        channel[kChannelRS] = scale_s.r, channel[kChannelRT] = scale_t.r, channel[kChannelQS] = scale_s.q;
+      }
+    }
+    for (int n = device::thread(); n < level.batch; n += device::threads()) {
+      float max_s = -INFINITY, max_t = -INFINITY;
+      for (int i = n * level.splits; i < (n + 1) * level.splits; ++i) {
+        max_s = greater(group_.get(kPartMaxS, i), max_s), max_t = greater(group_.get(kPartMaxT, i), max_t);
+      }
+      image(level, kImageMaxS, n) = max_s, image(level, kImageMaxT, n) = max_t;
+    }
+    device::sync_block();
+  }
+
+  KDOPS_FN SoftmaxInputs inputs(const Level& level, int n) const {
+    const float* channel = group_.channel();
+    return {channel[kChannelRS] * p_.inv_tau, channel[kChannelRT] * p_.inv_tau, image(level, kImageMaxS, n),
+            image(level, kImageMaxT, n)};
+  }
+
+  KDOPS_FN void softmax(const Level& level, int c) const {
+    group_.each_piece([&](int local, int index) {
+      const auto x = group_.template piece<T>(level, c, local, index);
+      const SoftmaxInputs in = inputs(level, x.image);
+      SoftmaxSums sums;
+      each_pack(x, [&](auto width, int i) {
+        constexpr int V = decltype(width)::value;
+        float s[V], t[V];
+        load<kOnChip, V>(x.student + i, s);
+        load<kOnChip, V>(x.teacher + i, t);
+        add_softmax<V>(sums, in, s, t);
+      });
+      const float z_s = warp_sum(sums.z_s), z_t = warp_sum(sums.z_t), divergence = warp_sum(sums.divergence);
+      const float ss = warp_sum(sums.s_under_s), ts = warp_sum(sums.s_under_t);
+      if (device::lane() == 0) {
+        group_.put(kPartZS, local, index, z_s);
+        group_.put(kPartZT, local, index, z_t);
+        group_.put(kPartDivergence, local, index, divergence);
+        group_.put(kPartSS, local, index, ss);
+        group_.put(kPartTS, local, index, ts);
+      }
+    });
+  }
+
+  // Values of each row; the first block of the group writes them out.
+  KDOPS_FN void finish_images(const Level& level, int c) const {
+    const float* channel = group_.channel();
+    for (int n = device::thread(); n < level.batch; n += device::threads()) {
+      SoftmaxSums sums;
+      for (int i = n * level.splits; i < (n + 1) * level.splits; ++i) {
+        sums.z_s += group_.get(kPartZS, i), sums.z_t += group_.get(kPartZT, i);
+        sums.divergence += group_.get(kPartDivergence, i);
+        sums.s_under_s += group_.get(kPartSS, i), sums.s_under_t += group_.get(kPartTS, i);
+      }
+      const float dot = sums.s_under_s / sums.z_s - sums.s_under_t / sums.z_t;
+      image(level, kImageA, n) = 1.0f / sums.z_s, image(level, kImageB, n) = 1.0f / sums.z_t;
+      image(level, kImageDot, n) = dot;
+      if (!group_.is_first()) continue;
+      const int64_t row = level.first_row + static_cast<int64_t>(n) * level.channels + c;
+      p_.losses[row] = level.loss_scale * (sums.divergence / sums.z_t + logf(sums.z_s / sums.z_t));
+      if (p_.stats == nullptr) continue;
+      const float stats[kCwdStats] = {channel[kChannelMeanS], channel[kChannelRS], channel[kChannelRT],
+                                      channel[kChannelQS], image(level, kImageMaxS, n), image(level, kImageMaxT, n),
+                                      sums.z_s, sums.z_t, dot};
+#pragma unroll
+      for (int f = 0; f < kCwdStats; ++f) p_.stats[f * p_.rows + row] = stats[f];
+    }
+    device::sync_block();
+  }
+
+  KDOPS_FN void gradients(const Level& level, int c) const {
+    const float* channel = group_.channel();
+    float dot = 0;
+    for (int n = device::lane(); n < level.batch; n += kLanes) dot += image(level, kImageDot, n);
+    const float r = channel[kChannelRS], outer = r * level.grad_scale;
+    const float slope = r * outer * channel[kChannelQS] * warp_sum(dot);
+    group_.each_piece([&](int local, int index) {
+      const auto x = group_.template piece<T>(level, c, local, index);
+      const GradientInputs g = {inputs(level, x.image), outer * image(level, kImageA, x.image),
+                                outer * image(level, kImageB, x.image), slope, channel[kChannelMeanS]};
+      write_gradient<kOnChip>(x, g);
+    });
+  }
+
+  KDOPS_FN float& image(const Level& level, int field, int n) const { return group_.images()[field * level.batch + n]; }
+
+  const Problem& p_;
+  Group<kOnChip> group_;
+};
+
+template <class T, bool kOnChip>
+KDOPS_KERNEL(kThreads, 2) cwd_channels(KDOPS_PARAMETER Problem p) {
+  CwdChannel<T, kOnChip>(p).run();
+}
+
+// The gradient from saved statistics: one pass. A warp takes one piece of a row.
+KDOPS_FN float cwd_row_grad(const Problem& p, const Level& level, int64_t row) {
+  return p.grad_output == nullptr ? level.grad_scale : level.grad_scale * p.grad_output[row * p.grad_output_stride];
+}
+
+template <class T>
+KDOPS_KERNEL(kThreads, 4) cwd_backward(KDOPS_PARAMETER Problem p) {
+  const int unit = device::block() / p.group, part = device::block() % p.group;
+  const Level& level = level_of(p, unit);
+  const int c = unit - level.first_unit;
+  const auto stat = [&](int field, int n) {
+    return p.stats[field * p.rows + level.first_row + static_cast<int64_t>(n) * level.channels + c];
+  };
+  const auto row_grad = [&](int n) {
+    return cwd_row_grad(p, level, level.first_row + static_cast<int64_t>(n) * level.channels + c);
+  };
+  float projection = 0;
+  for (int n = device::lane(); n < level.batch; n += kLanes) projection += row_grad(n) * stat(kCwdDot, n);
+  const float r = stat(kCwdRS, 0), slope = r * r * stat(kCwdQS, 0) * warp_sum(projection);
+  const int step = p.group * device::warps();
+  for (int i = part * device::warps() + device::warp(); i < level.batch * level.splits; i += step) {
+    const auto x = piece_of<T>(level, c, i);
+    const int n = x.image;
+    const float outer = r * row_grad(n);
+    const GradientInputs g = {{r * p.inv_tau, stat(kCwdRT, n) * p.inv_tau, stat(kCwdMaxS, n), stat(kCwdMaxT, n)},
+                              outer / stat(kCwdZS, n), outer / stat(kCwdZT, n), slope, stat(kCwdMeanS, n)};
+    write_gradient<false>(x, g);
+  }
+}
+
+}  // namespace kdops::cuda

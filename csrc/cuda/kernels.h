@@ -1,0 +1,25 @@
+// The kernels of each loss by element type, for the host side.
+#pragma once
+
+#include "launch.h"
+
+namespace kdops::cuda {
+
+enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// What a block of paths 1 to 3 keeps in shared memory besides the maps: values per image and per piece.
+struct Fields {
+  int images, parts;
+};
+
+struct LossKernels {
+  Kernel on_chip, in_waves;  // a channel: paths 1 and 2, path 3
+  Kernel backward;           // the gradient from statistics, NCHW
+  Fields fields;
+  int element_bytes;
+};
+
+LossKernels cwd_kernels(Dtype dtype);
+LossKernels pkd_kernels(Dtype dtype);
+
+}  // namespace kdops::cuda

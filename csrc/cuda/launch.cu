@@ -1,0 +1,101 @@
+#include "launch.h"
+
+#include <cuda_runtime.h>
+
+#include <array>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+namespace kdops::cuda {
+namespace {
+
+constexpr int kMaxDevices = 64;
+constexpr int kPortableCluster = 8;
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  cudaGetLastError();
+  throw std::runtime_error(std::string("kdops: ") + what + ": " + cudaGetErrorString(error));
+}
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, name, device), "cudaDeviceGetAttribute");
+  return value;
+}
+
+Device asked(int device) {
+  return {10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device),
+          attribute(cudaDevAttrMultiProcessorCount, device),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
+          attribute(cudaDevAttrL2CacheSize, device)};
+}
+
+void allow(Kernel kernel, int shared_bytes, int cluster) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "shared memory");
+  if (cluster > kPortableCluster)
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster size");
+}
+
+struct Configured {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config;
+  Configured(const Launch& launch, void* stream) : config{} {
+    config.gridDim = dim3(launch.blocks), config.blockDim = dim3(launch.threads);
+    config.dynamicSmemBytes = launch.shared_bytes;
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = attributes, config.numAttrs = 0;
+    if (launch.cluster > 1) {
+      auto& a = attributes[config.numAttrs++];
+      a.id = cudaLaunchAttributeClusterDimension;
+      a.val.clusterDim.x = launch.cluster, a.val.clusterDim.y = 1, a.val.clusterDim.z = 1;
+    }
+    if (launch.cooperative) {
+      auto& a = attributes[config.numAttrs++];
+      a.id = cudaLaunchAttributeCooperative, a.val.cooperative = 1;
+    }
+  }
+};
+
+}  // namespace
+
+const Device& device_limits() {
+  static std::array<Device, kMaxDevices> devices;
+  static std::array<std::once_flag, kMaxDevices> known;
+  int current = 0;
+  check(cudaGetDevice(&current), "cudaGetDevice");
+  std::call_once(known.at(current), [&] { devices[current] = asked(current); });
+  return devices[current];
+}
+
+int resident_blocks(Kernel kernel, int threads, int shared_bytes) {
+  if (shared_bytes > device_limits().shared_per_block) return 0;
+  allow(kernel, shared_bytes, 1);
+  int blocks = 0;
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), "occupancy");
+  return blocks;
+}
+
+int resident_clusters(Kernel kernel, const Launch& launch) {
+  if (device_limits().architecture < 90 || launch.shared_bytes > device_limits().shared_per_block) return 0;
+  allow(kernel, launch.shared_bytes, launch.cluster);
+  Configured configured(launch, nullptr);
+  int clusters = 0;
+  if (cudaOccupancyMaxActiveClusters(&clusters, reinterpret_cast<const void*>(kernel), &configured.config) !=
+      cudaSuccess) {
+    cudaGetLastError();  // a size that this device does not have
+    return 0;
+  }
+  return clusters;
+}
+
+void run(Kernel kernel, const Launch& launch, const Problem& problem, void* stream) {
+  allow(kernel, launch.shared_bytes, launch.cluster);
+  Configured configured(launch, stream);
+  check(cudaLaunchKernelEx(&configured.config, kernel, problem), "launch");
+}
+
+}  // namespace kdops::cuda

@@ -1,0 +1,13 @@
+// How a call is cut into blocks, clusters and waves: from shapes, element size and device limits alone.
+#pragma once
+
+#include "kernels.h"
+
+namespace kdops::cuda {
+
+// Each fills in the levels' splits, chunks and first units, and the problem's units, group and part_count. Throws
+// std::invalid_argument with the reason where a path cannot take the call.
+Launch plan_channels(Problem& problem, Path path, const LossKernels& kernels);
+Launch plan_backward(Problem& problem, const LossKernels& kernels);
+
+}  // namespace kdops::cuda

@@ -1,0 +1,3 @@
+// The kernels and their tables, compiled for the shim.
+#include "cuda/cwd_loss.cu"
+#include "cuda/pkd_loss.cu"
