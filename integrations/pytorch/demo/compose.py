@@ -45,17 +45,18 @@ VAL_PHOTOGRAPHS = (
 # load_digits orders its scans by writer groups: the tail is written by other hands than the head.
 TRAIN_SCANS = slice(0, 1400)
 VAL_SCANS = slice(1400, None)
+BRIGHTNESS = 0.6  # of the backgrounds
 
 
 @dataclass(frozen=True)
 class Composition:
     """What is drawn. Lengths are in pixels; a digit's height is its 8x8 scan's height after scaling."""
 
-    train_images: int = 800
-    val_images: int = 120
-    image_size: int = 160
+    train_images: int = 480
+    val_images: int = 100
+    image_size: int = 128
     digits_per_image: tuple[int, int] = (4, 9)
-    digit_height: tuple[float, float] = (16.0, 64.0)
+    digit_height: tuple[float, float] = (20.0, 56.0)
     seed: int = 0
 
 
@@ -155,7 +156,7 @@ def _write_split(root: Path, split: str, count: int, scans, photographs, what: C
 
 def compose_image(rng: np.random.Generator, scans, photographs, what: Composition):
     """One image: uint8 pixels (H, W, 3), boxes as [x, y, width, height] and the digits' values."""
-    canvas = _background(rng, photographs, what.image_size).astype(np.float32)
+    canvas = _background(rng, photographs, what.image_size)
     taken, boxes, labels = np.zeros(canvas.shape[:2], dtype=bool), [], []
     for _ in range(int(rng.integers(what.digits_per_image[0], what.digits_per_image[1] + 1))):
         chosen = int(rng.integers(len(scans[0])))
@@ -179,7 +180,8 @@ def _background(rng: np.random.Generator, photographs, size: int) -> np.ndarray:
     side = int(rng.uniform(0.35, 1.0) * min(photograph.size))
     x = int(rng.integers(photograph.width - side + 1))
     y = int(rng.integers(photograph.height - side + 1))
-    return np.asarray(photograph.resize((size, size), Image.Resampling.BILINEAR, box=(x, y, x + side, y + side)))
+    window = photograph.resize((size, size), Image.Resampling.BILINEAR, box=(x, y, x + side, y + side))
+    return BRIGHTNESS * np.asarray(window, dtype=np.float32)
 
 
 def _ink(scan: np.ndarray, height: int) -> np.ndarray:
@@ -201,7 +203,6 @@ def _free_place(rng: np.random.Generator, taken: np.ndarray, shape: tuple[int, i
 
 
 def _painted(rng: np.random.Generator, under: np.ndarray, ink: np.ndarray) -> np.ndarray:
-    """Ink of a random colour, lighter than a dark background and darker than a light one."""
-    dark = under.mean() > 127
-    colour = rng.uniform(0, 80, 3) if dark else rng.uniform(175, 255, 3)
-    return under * (1 - ink[..., None]) + colour.astype(np.float32) * ink[..., None]
+    """Ink of a random light colour; the backgrounds are darkened, so that it shows everywhere."""
+    colour = rng.uniform(170, 255, 3).astype(np.float32)
+    return under * (1 - ink[..., None]) + colour * ink[..., None]

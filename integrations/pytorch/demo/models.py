@@ -53,9 +53,9 @@ class SlimResNet(nn.Module):
 BACKBONES = {
     "slim10": (lambda: SlimResNet((1, 1, 1, 1), 32), (64, 128, 256)),
     "slim18": (lambda: SlimResNet((2, 2, 2, 2), 32), (64, 128, 256)),
-    "resnet18": (lambda: ResNet(BasicBlock, [2, 2, 2, 2]), (128, 256, 512)),
-    "resnet34": (lambda: ResNet(BasicBlock, [3, 4, 6, 3]), (128, 256, 512)),
-    "resnet50": (lambda: ResNet(Bottleneck, [3, 4, 6, 3]), (512, 1024, 2048)),
+    "resnet18": (lambda: ResNet(BasicBlock, [2, 2, 2, 2], zero_init_residual=True), (128, 256, 512)),
+    "resnet34": (lambda: ResNet(BasicBlock, [3, 4, 6, 3], zero_init_residual=True), (128, 256, 512)),
+    "resnet50": (lambda: ResNet(Bottleneck, [3, 4, 6, 3], zero_init_residual=True), (512, 1024, 2048)),
 }
 MODELS = ("fcos", "retinanet")
 
@@ -93,6 +93,9 @@ def build_detector(config: DetectorConfig) -> nn.Module:
 def _fcos(backbone: nn.Module, config: DetectorConfig, common: dict[str, Any]) -> nn.Module:
     anchors = AnchorGenerator(tuple((size,) for size in (8, 16, 32, 64)), ((1.0,),) * 4)
     head = FCOSHead(config.fpn_channels, 1, config.num_classes, num_convs=2)
+    # The distances to the box's sides pass a ReLU. From torchvision's start at 0, an early large step can put it to
+    # sleep for good; from 1 (an anchor's size) it stays awake.
+    nn.init.ones_(head.regression_head.bbox_reg.bias)
     return FCOS(backbone, anchor_generator=anchors, head=head, **common)
 
 
