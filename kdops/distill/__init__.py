@@ -1,5 +1,6 @@
 """The training side: a frozen teacher beside any PyTorch training loop."""
 
+from kdops.distill.checkpoints import StudentCheckpoint, student_checkpoint
 from kdops.distill.distiller import Distiller, DistillLoss
 from kdops.distill.progressive import ProgressiveDistillation, Stage
 from kdops.distill.schedules import (
@@ -25,10 +26,12 @@ __all__ = [
     "ProgressiveDistillation",
     "Stage",
     "StopDistillation",
+    "StudentCheckpoint",
     "Tap",
     "TeacherOrder",
     "WarmupWeight",
     "WeightSchedule",
     "exclude_from_ddp",
     "order_teachers",
+    "student_checkpoint",
 ]

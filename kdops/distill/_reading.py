@@ -1,9 +1,10 @@
-"""Reading a checkpoint: no code of the file's own is run unless that is asked for, and every failure is said plainly."""
+"""Reading a checkpoint: code that it brings along is run only where that is asked for."""
 
 from __future__ import annotations
 
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 
 __all__ = ["read_checkpoint"]
 
-_REFUSED = re.compile(r"[Uu]nsupported (?:global|class|operand).*?((?:\w+\.)+\w+)", re.DOTALL)
+_REFUSED = re.compile(r"[Uu]nsupported (?:global: GLOBAL|class) (?P<name>[\w.]+)|[Uu]nsupported operand")
 
 
 def read_checkpoint(path: Path, allow_pickle: bool) -> Mapping[Any, Any]:
@@ -26,35 +27,41 @@ def read_checkpoint(path: Path, allow_pickle: bool) -> Mapping[Any, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"student_checkpoint: there must be a file to read, got no file at {path}")
     zipped = zipfile.is_zipfile(path)
-    if not zipped and not _is_pickle(path):
-        raise _no_checkpoint(path, "neither a zip archive nor a pickle")
+    if not zipped:
+        _check_start(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=zipped)
     except (ImportError, AttributeError) as error:
         raise ValueError(f"student_checkpoint: {path} needs a class that cannot be imported here: {error}") from error
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, struct.error) as error:
         refused = _REFUSED.search(str(error))
         if allow_pickle or refused is None:
-            raise _no_checkpoint(path, _first_line(error)) from error
+            raise _no_checkpoint(path, _first_sentence(error)) from error
+        what = refused["name"] or "a pickle of another kind"
         raise ValueError(
-            f"student_checkpoint: {path} holds more than tensors and plain values ({refused[1]}), as old checkpoints "
-            "of OpenMMLab do. Reading it can run any code that is in it: if you trust where it comes from, "
-            "pass allow_pickle=True (--allow-pickle)"
+            f"student_checkpoint: {path} holds more than tensors and plain values ({what}), as old checkpoints of "
+            "OpenMMLab do. Reading it can run any code that is in it: if you trust where it comes from, pass "
+            "allow_pickle=True (--allow-pickle)"
         ) from error
     if not isinstance(content, Mapping):
         raise _no_checkpoint(path, f"it holds a {type(content).__name__}, not a dict")
     return content
 
 
-def _is_pickle(path: Path) -> bool:
-    """Whether the file starts as a pickle of protocol 2 or later does; before torch 1.6 a checkpoint was one."""
+def _check_start(path: Path) -> None:
+    """Refuse what does not start as a pickle of protocol 2 or later does; before torch 1.6 a checkpoint was one."""
     with path.open("rb") as file:
-        return file.read(1) == b"\x80"
+        start = file.read(2)
+    if start == b"PK":
+        raise _no_checkpoint(path, "a zip archive that is cut off")
+    if start[:1] != b"\x80":
+        raise _no_checkpoint(path, "neither a zip archive nor a pickle")
 
 
 def _no_checkpoint(path: Path, why: str) -> ValueError:
     return ValueError(f"student_checkpoint: the file must be a checkpoint written by torch.save, got {path}: {why}")
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _first_sentence(error: Exception) -> str:
+    lines = str(error).splitlines() or [type(error).__name__]
+    return lines[0].split(". ")[0]

@@ -15,13 +15,15 @@ from torch import Tensor
 from kdops.distill._files import write_atomically
 from kdops.distill._reading import read_checkpoint
 
-__all__ = ["LAYOUTS", "CheckpointPart", "StudentCheckpoint", "student_checkpoint"]
+__all__ = ["CALLBACK_MARK", "LAYOUTS", "CheckpointPart", "StudentCheckpoint", "student_checkpoint"]
 
 #: Names under which checkpoints keep their weights; without one of them the checkpoint itself is a state dict.
 _ENTRIES = ("state_dict", "model", "model_state_dict", "student")
 #: What wrappers put before every key of a state dict, and the counters of averaged models, which they leave bare.
-_WRAPPERS = ("module", "_orig_mod", "model")
+_WRAPPERS = ("module", "_orig_mod")
 _COUNTERS = ("n_averaged", "steps")
+#: In the state of Lightning's callback: the student's name in the LightningModule.
+CALLBACK_MARK = "kdops_student"
 
 
 @dataclass(frozen=True)
@@ -100,14 +102,16 @@ def student_checkpoint(
 
     Known layouts of the weights, by the names in front of their keys:
 
-    ========= =========================================== ================================================
-    layout    student                                     dropped
-    ========= =========================================== ================================================
-    kdops     ``student.`` (`DistilledStudent`), or an    ``distiller.``, or an entry ``distiller`` beside
-              entry without prefix beside ``distiller``
-    mmrazor   ``architecture.``                           ``teacher.``, ``distiller.``, ``data_preprocessor.``
-    mgd       ``student.`` (MGD and MTPD)                 ``teacher.``, ``distill_losses.``
-    ========= =========================================== ================================================
+    ========= =============================== ====================================================
+    layout    student                         dropped from the weights
+    ========= =============================== ====================================================
+    kdops     ``student.``                    ``distiller.``
+    mmrazor   ``architecture.``               ``teacher.``, ``distiller.``, ``data_preprocessor.``
+    mgd       ``student.`` (MGD and MTPD)     ``teacher.``, ``distill_losses.``
+    ========= =============================== ====================================================
+
+    Of kdops, besides the state dict of a `DistilledStudent`: weights of the student alone beside an entry
+    ``distiller`` with the distiller's state, and checkpoints of Lightning with kdops' callback.
 
     Weights are looked for in the entries ``state_dict``, ``model``, ``model_state_dict`` and ``student``, or in the
     checkpoint itself, under the prefixes of DistributedDataParallel and torch.compile too. They are written to the
@@ -178,13 +182,12 @@ def _layout_of(
     source: Path, content: Mapping[Any, Any], entry: str | None, weights: Mapping[str, Any], asked: str | None
 ) -> tuple[str, str, dict[str, dict[str, Any]]]:
     """The layout, the prefix of the student's keys, and the other parts of the weights by name."""
-    if entry is not None and asked in (None, "kdops") and _is_distiller_state(content.get("distiller")):
-        return "kdops", _wrapper(weights), {}
     prefix = _wrapper(weights)
-    parts: dict[str, dict[str, Any]] = {}
-    for key, value in weights.items():
-        if key not in _COUNTERS:
-            parts.setdefault(key[len(prefix) :].split(".", 1)[0], {})[key] = value
+    beside = _prefix_beside(content) if entry is not None and asked in (None, "kdops") else None
+    if beside is not None:
+        others = {key: value for key, value in weights.items() if not key.startswith(prefix + beside)}
+        return "kdops", prefix + beside, _parts(others, prefix)
+    parts = _parts(weights, prefix)
     found = asked or next((name for name, known in _LAYOUTS.items() if known.fits(set(parts))), None)
     if found is None:
         raise ValueError(
@@ -202,6 +205,25 @@ def _layout_of(
     return found, f"{prefix}{student}.", parts
 
 
+def _parts(weights: Mapping[str, Any], prefix: str) -> dict[str, dict[str, Any]]:
+    """The weights by the first part of their names."""
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in weights.items():
+        if key not in _COUNTERS:
+            parts.setdefault(key[len(prefix) :].split(".", 1)[0], {})[key] = value
+    return parts
+
+
+def _prefix_beside(content: Mapping[Any, Any]) -> str | None:
+    """The prefix of the student's keys where another entry shows that kdops distilled it; None without one."""
+    if _is_distiller_state(content.get("distiller")):
+        return ""
+    callbacks = content.get("callbacks")
+    states = callbacks.values() if isinstance(callbacks, Mapping) else ()
+    marked = (s[CALLBACK_MARK] for s in states if isinstance(s, Mapping) and CALLBACK_MARK in s)
+    return next((f"{name}." if name else "" for name in marked), None)
+
+
 def _is_distiller_state(value: Any) -> bool:
     """Whether it is the state dict of a Distiller or a ProgressiveDistillation, saved as an entry of its own."""
     return (
@@ -216,10 +238,10 @@ def _wrapper(weights: Mapping[str, Any]) -> str:
     prefix = ""
     keys = [key for key in weights if key not in _COUNTERS]
     while True:
-        longer = next((f"{prefix}{w}." for w in _WRAPPERS if all(k.startswith(f"{prefix}{w}.") for k in keys)), None)
-        if longer is None:
+        longer = [f"{prefix}{w}." for w in _WRAPPERS if all(key.startswith(f"{prefix}{w}.") for key in keys)]
+        if not longer:
             return prefix
-        prefix = longer
+        prefix = longer[0]
 
 
 def _extract(weights: Mapping[str, Any], prefix: str) -> OrderedDict[str, Any]:
