@@ -23,8 +23,6 @@ from kdops._triton.statistics import PRODUCT, merge_means, merge_parts, merge_su
 from kdops._triton.tiles import (
     ALIGNED,
     C_FIELD,
-    CHANNEL0,
-    GRADIENT,
     LEVEL_FIELDS,
     N_FIELD,
     PART0,
@@ -40,7 +38,6 @@ from kdops._triton.tiles import (
     lane_counts,
     level_sizes,
     load_tile,
-    position_offsets,
     position_strides,
     positions,
     row_pointers,
@@ -357,7 +354,8 @@ def cwd_finish(table, stats, losses, parts, total_rows: tl.int64, total_parts: t
             ss += tl.load(part + total_parts * 2, mask=exists, other=0.0)
             st += tl.load(part + total_parts * 3, mask=exists, other=0.0)
             divergence += tl.load(part + total_parts * 4, mask=exists, other=0.0)
-        _close_rows(stats + row, losses + row, total_rows, exists, z_s, z_t, divergence / z_t, ss / z_s - st / z_t, scale)
+        _close_rows(stats + row, losses + row, total_rows, exists, z_s, z_t, divergence / z_t, ss / z_s - st / z_t,
+                    scale)  # fmt: skip
     else:
         k = (1.0 / as_double(tau)).to(ACC)
         s_max = tl.full([ROWS], -_INF, ACC)

@@ -137,8 +137,10 @@ def pkd_merge(table, parts, stats, losses, total_parts: tl.int64, total_channels
     # Two forms of r_S^2 SS + r_T^2 TT - 2 r_S r_T ST and of r_S^2 SS - r_S r_T ST, see above.
     near = (s_r < 4.0 * t_r) & (t_r < 4.0 * s_r)
     surplus = s_r * ss - t_r * tt
-    distance = tl.where(near, (s_r - t_r) * surplus + s_r * t_r * dd, s_r * (s_r * ss - t_r * st) + t_r * (t_r * tt - s_r * st))
-    dot = tl.where(near, 0.5 * s_r * ((s_r - t_r) * ss + surplus + t_r * dd), s_r * (s_r * ss - t_r * st))
+    s_part = s_r * ss - t_r * st
+    t_part = t_r * tt - s_r * st
+    distance = tl.where(near, (s_r - t_r) * surplus + s_r * t_r * dd, s_r * s_part + t_r * t_part)
+    dot = tl.where(near, 0.5 * s_r * ((s_r - t_r) * ss + surplus + t_r * dd), s_r * s_part)
     scale = as_double(weight) / (2 * P * N).to(tl.float64)
     if MEAN:
         scale /= C.to(tl.float64)

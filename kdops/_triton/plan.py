@@ -27,7 +27,7 @@ _MIN_STEPS = 8  # tiles that a program reads at least where rows are split, to p
 _WASTE = 1.1  # lanes launched per element: take the largest tile within this, else the one with the least
 _HALF = 31  # two numbers below 2**31 travel in one argument, as tiles.py unpacks them
 _ARGUMENTS_PER_LEVEL = 7
-MERGE = {"CHANNELS": 8, "ENTRIES": 128, "num_warps": 4}  # tile of the merge kernels: channels by (image, split)
+MERGE = {"CHANNELS": 8, "ENTRIES": 64, "num_warps": 4}  # tile of the merge kernels: channels by (image, split)
 
 DTYPES = {
     torch.float16: tl.float16,

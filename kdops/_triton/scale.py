@@ -1,4 +1,4 @@
-"""kdops::scale_gradients: stored gradients times grad_output, on the device, rounded once.
+"""kdops::scale_gradients and scale_gradients_: stored gradients times grad_output, on the device, rounded once.
 
 4 B per element in bf16 and 8 B in fp32, counted, not measured: it has not been run on a GPU yet.
 """
@@ -31,10 +31,21 @@ def scale_gradients(grads: Sequence[Tensor], grad_output: Tensor) -> list[Tensor
         return [_scaled(g, grad_output) for g in grads]
 
 
+def scale_gradients_(grads: Sequence[Tensor], grad_output: Tensor) -> None:
+    """The same in place, for dense tensors."""
+    with on_device(grad_output):
+        for grad in grads:
+            _launch(grad, grad, grad_output)
+
+
 def _scaled(grad: Tensor, grad_output: Tensor) -> Tensor:
     out = torch.empty_like(grad)
     if out.stride() != grad.stride():  # with gaps or overlaps: the flat kernel needs one order for both
         grad = out.copy_(grad)
+    _launch(grad, out, grad_output)
+    return out
+
+
+def _launch(grad: Tensor, out: Tensor, grad_output: Tensor) -> None:
     size = grad.numel()
     scale_kernel[(triton.cdiv(size, _BLOCK),)](grad, out, grad_output, size, BLOCK=_BLOCK, num_warps=8)
-    return out

@@ -150,22 +150,35 @@ def tile_rows(unit, N, C, P, chunk, ORDER: tl.constexpr, VEC: tl.constexpr, ROWS
 
 
 @triton.jit
+def _typed(address, TYPE: tl.constexpr):
+    # Spelt out because Triton 3.0 makes no pointer type of a dtype that is a parameter.
+    if TYPE == tl.float16:
+        return address.to(tl.pointer_type(tl.float16))
+    elif TYPE == tl.bfloat16:
+        return address.to(tl.pointer_type(tl.bfloat16))
+    elif TYPE == tl.float32:
+        return address.to(tl.pointer_type(tl.float32))
+    else:
+        return address.to(tl.pointer_type(tl.float64))
+
+
+@triton.jit
 def row_pointers(level, WHICH: tl.constexpr, n, c, TYPE: tl.constexpr, ORDER: tl.constexpr, MODE: tl.constexpr,
                  VEC: tl.constexpr):  # fmt: skip
     """[ROWS, 1] pointers to position 0 of each row."""
     strides = level + STRIDES + 4 * WHICH
     stride_n, stride_c = tl.load(strides), tl.load(strides + 1)
-    base = tl.load(level + WHICH).to(tl.pointer_type(TYPE))
+    base = _typed(tl.load(level + WHICH), TYPE)
     if MODE % 2 == 1:
-        bytes_: tl.constexpr = VEC * TYPE.primitive_bitwidth // 8
-        base = tl.multiple_of(base, bytes_ if bytes_ < 16 else 16)
         if ORDER == 0:
             offset = (n * stride_n + c * stride_c) // VEC * VEC
         else:
             offset = n * stride_n // VEC * VEC + c
+        bytes_: tl.constexpr = VEC * base.dtype.element_ty.primitive_bitwidth // 8
+        rows = base + tl.expand_dims(offset, 1)
+        return tl.multiple_of(rows, (bytes_ if bytes_ < 16 else 16, bytes_ if bytes_ < 16 else 16))
     else:
-        offset = n * stride_n + c * stride_c
-    return base + tl.expand_dims(offset, 1)
+        return base + tl.expand_dims(n * stride_n + c * stride_c, 1)
 
 
 @triton.jit
