@@ -18,7 +18,9 @@ COLOURS = dict(zip(SHOWN, ("#9a9a9a", "#4c78a8", "#d1495b")))
 
 
 def write(path: Path, workloads: list[Workload]) -> None:
-    """``*_speed.png`` and ``*_memory.png`` beside a results file."""
+    """``*_speed.png`` and ``*_memory.png`` beside a results file; none where it has no workloads."""
+    if not workloads:
+        return
     speed = "forward+backward, in read-read-write passes over the same maps (log)"
     _bars(path.with_name(f"{path.stem}_speed.png"), workloads, _in_passes, speed, log=True)
     memory = "peak memory above the inputs, in student maps"

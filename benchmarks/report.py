@@ -67,7 +67,7 @@ def workloads(rows: list[table.Row]) -> list[Workload]:
     """The workloads of a results file, in its order, without its rows on host time, first calls and plain copies."""
     found: dict[Key, Workload] = {}
     for row in rows:
-        if row["mode"].startswith((timing.HOST, "first call")) or row["op"] == "copy":
+        if row["mode"].startswith((timing.HOST, timing.STEP, "first call")) or row["op"] == "copy":
             continue
         key = tuple(row[c] for c in ("op", "options", "shape", "dtype", "layout"))
         found.setdefault(key, Workload(key)).rows[row["provider"], row["mode"]] = row
@@ -89,17 +89,22 @@ def markdown(rows: list[table.Row]) -> str:
     parts = [
         f"# Results on {first['device']}",
         f"torch {first['torch']}, triton {first['triton'] or 'not installed'}, kdops {first['kdops']}, commit "
-        f"{first['commit'] or 'unknown'}, {first['date']}. A plain copy runs at {copy_bandwidth(rows) / 1e9:.1f} GB/s. "
-        "Generated from the CSV of the same name; "
-        "../README.md says how each figure is measured.",
-        "## Against eager and torch.compile",
-        summary(rows),
+        f"{first['commit'] or 'unknown'}, {first['date']}. Generated from the CSV of the same name; ../README.md says "
+        "how each figure is measured.",
     ]
     bandwidth, on_cpu = copy_bandwidth(rows), first["device"].startswith("CPU")
+    if bandwidth > 0:
+        parts.append(f"A plain copy runs at {bandwidth / 1e9:.1f} GB/s.")
+    tables = (
+        ("Against eager and torch.compile", summary(rows)),
+        ("Training steps", _step_table(rows)),
+        ("Host time per call", _host_table(rows)),
+        ("First call", _first_call_table(rows)),
+    )
+    for title, text in tables:
+        parts += [f"## {title}", text] if text else []
     for workload in workloads(rows):
         parts += [f"### {workload.title}", _providers_table(workload), _model_line(workload, bandwidth, on_cpu)]
-    for title, text in (("Host time per call", _host_table(rows)), ("First call", _first_call_table(rows))):
-        parts += [f"## {title}", text] if text else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -122,20 +127,23 @@ def summary(rows: list[table.Row]) -> str:
     return _table(head, lines)
 
 
-def readme_section(rows: list[table.Row]) -> str:
-    """What stands between the README's markers."""
-    first = rows[0]
-    note = (
-        f"Forward and backward in one interleaved run on {first['device']}, torch {first['torch']} ({first['date']}). "
-        "torch.compile in the faster of its modes; a pass reads both maps and writes one; memory is the peak above "
-        "the inputs in units of one student map, the gradient included; the gradient's error is relative to fp64."
+def readme_section(results: Path = table.RESULTS) -> str:
+    """What stands between the README's markers: one table per device, from the quick sets in a folder."""
+    parts = []
+    for path in sorted(results.glob("*_quick.csv")):
+        rows = table.read(path)
+        parts += [f"On {rows[0]['device']}, torch {rows[0]['torch']} ({rows[0]['date']}):", summary(rows)]
+    parts.append(
+        "Forward and backward, medians of one interleaved run. torch.compile in the faster of its modes; a pass reads "
+        "both maps and writes one; memory is the peak above the inputs in units of one student map, the gradient "
+        "included; the gradient's error is relative to fp64."
     )
-    return f"{summary(rows)}\n\n{note}"
+    return "\n\n".join(parts)
 
 
 def with_section(text: str, section: str) -> str:
     """A document with what stands between the markers replaced."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
+    if (text.count(BEGIN), text.count(END)) != (1, 1):
         raise ValueError(f"with_section: the document must have {BEGIN} and {END} once each")
     head, rest = text.split(BEGIN)
     return f"{head}{BEGIN}\n{section}\n{END}{rest.split(END)[1]}"
@@ -183,6 +191,15 @@ def _model_line(w: Workload, bandwidth: float, on_cpu: bool) -> str:
     return f"{text} ({'CUDA graph over cold inputs' if not math.isnan(graph) else 'interleaved run'})."
 
 
+def _step_table(rows: list[table.Row]) -> str:
+    lines = [
+        (r["provider"], _ms(float(r["p20_us"])), _ms(float(r["p50_us"])), _ms(float(r["p80_us"])),
+         f"{float(r['peak_bytes']) / 2**20:.0f}")
+        for r in rows if r["mode"] == timing.STEP
+    ]  # fmt: skip
+    return _table(("loss", "p20 ms", "p50 ms", "p80 ms", "peak MiB above weights"), lines)
+
+
 def _host_table(rows: list[table.Row]) -> str:
     lines = [
         (f"`{r['op']}`", r["provider"], r["mode"].split(", ", 1)[1], r["p20_us"], r["p50_us"], r["p80_us"])
@@ -227,13 +244,12 @@ def _write_text(path: Path, text: str) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
     parser.add_argument("csv", nargs="*", type=Path, help="default: every CSV of benchmarks/results")
-    parser.add_argument("--readme", action="store_true", help="also write the README's table, from cpu_quick.csv")
+    parser.add_argument("--readme", action="store_true", help="also write the README's tables, from the quick sets")
     options = parser.parse_args(arguments)
     for path in options.csv or sorted(table.RESULTS.glob("*_*.csv")):
         write(path)
     if options.readme:
-        section = readme_section(table.read(table.RESULTS / "cpu_quick.csv"))
-        _write_text(README, with_section(README.read_text(encoding="utf-8"), section))
+        _write_text(README, with_section(README.read_text(encoding="utf-8"), readme_section()))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks import agreement, first_call, host, memory, providers, report, shapes, table, timing
+from benchmarks import agreement, first_call, host, memory, providers, report, shapes, table, timing, training_step
 from kdops import testing
 from kdops.testing import Case, as_list
 
@@ -24,12 +24,13 @@ COPY_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
 def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if options.step:
+        return _run_step(device, options)
     name = "full" if options.full else "quick"
     cases = [c for c in shapes.workloads(name, device) if options.only in shapes.key(c)]
     if not cases:
         raise SystemExit(f"benchmarks: no workload of the {name} set for {device} contains {options.only!r}")
-    stem = f"{_slug(device)}_{name}"
-    path = Path(options.output or ("runs/benchmarks" if options.only else table.RESULTS)) / f"{stem}.csv"
+    path = _path(device, name, options)
     rows: list[table.Row] = []
     stamp = table.stamp(device)
     rows += _stamped(stamp, _copy_row(device, options.seconds))
@@ -46,6 +47,18 @@ def main(arguments: list[str] | None = None) -> int:
     for row in wrong:
         print(f"{row['provider']} disagrees with the fp64 oracle on {row['shape']} {row['dtype']}: no time is reported")
     return 1 if any(r["provider"] not in providers.BASELINES for r in wrong) else 0
+
+
+def _run_step(device: str, options: argparse.Namespace) -> int:
+    path = _path(device, "step", options)
+    table.write(path, _stamped(table.stamp(device), _step_rows(device, options.seconds)))
+    print(report.write(path))
+    return 0
+
+
+def _path(device: str, name: str, options: argparse.Namespace) -> Path:
+    folder = options.output or ("runs/benchmarks" if options.only else table.RESULTS)
+    return Path(folder) / f"{_slug(device)}_{name}.csv"
 
 
 def workload_rows(case: Case, names: list[str], device: str, seconds: float) -> Iterator[table.Row]:
@@ -104,6 +117,12 @@ def _first_call_rows(device: str) -> Iterator[table.Row]:
             yield {**_describe(case, name), "mode": mode, "p50_us": f"{seconds * 1e6:.0f}"}
 
 
+def _step_rows(device: str, seconds: float) -> Iterator[table.Row]:
+    case, measured = training_step.measure(device, seconds)
+    for name, (quantiles, peak) in measured.items():
+        yield {**_describe(case, name), "mode": timing.STEP, **_time_columns(quantiles), "peak_bytes": str(peak)}
+
+
 def _graph_columns(case: Case, run: providers.Provider) -> table.Row:
     inputs = shapes.elements(case) * case.student_dtype.itemsize * 2
 
@@ -152,6 +171,7 @@ def _parser() -> argparse.ArgumentParser:
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="the figures of the README, in minutes (the default)")
     which.add_argument("--full", action="store_true", help="all shapes, dtypes and layouts, in hours on a CPU")
+    which.add_argument("--step", action="store_true", help="whole training steps of a detector (needs torchvision)")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--only", default="", metavar="TEXT", help="only workloads whose name contains TEXT")
     parser.add_argument("--seconds", type=float, default=5.0, help="of timing per workload (default: 5)")

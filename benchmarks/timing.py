@@ -18,7 +18,7 @@ import torch
 from kdops.testing import as_list
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
-PASS, GRAPH, HOST = "pass", "forward+backward, CUDA graph", "host"
+PASS, GRAPH, HOST, STEP = "pass", "forward+backward, CUDA graph", "host", "training step"
 #: A sample shorter than this repeats its step: the clock and a cold branch predictor would weigh too much.
 SHORTEST_SAMPLE = 1e-3
 FEWEST, MOST = 11, 300

@@ -98,7 +98,8 @@ def test_host_cost_is_broken_down():
 
 def test_ratios_are_those_of_the_csv(tmp_path):
     common = {"op": "cwd_loss", "options": "norm=batch", "shape": "2x3x4x5+1x2x3x4", "dtype": "bfloat16",
-              "layout": "nchw", "device": "CPU", "torch": "t", "triton": "", "kdops": "k", "date": "d", "commit": "c"}  # fmt: skip
+              "layout": "nchw", "device": "CPU", "torch": "t", "triton": "", "kdops": "k", "date": "d",
+              "commit": "c"}  # fmt: skip
     times = {providers.EAGER: 1000, providers.COMPILE: 300, providers.MAX_AUTOTUNE: 250, providers.KDOPS: 50}
     rows = [
         {**common, "provider": p, "mode": timing.BOTH, "p20_us": str(t), "p50_us": str(t), "p80_us": str(t),
@@ -122,7 +123,8 @@ def test_results_are_generated_from_their_csv(path):
 
 def test_the_readme_shows_the_figures_of_the_csv():
     text = report.README.read_text(encoding="utf-8")
-    assert report.with_section(text, report.readme_section(table.read(table.RESULTS / "cpu_quick.csv"))) == text
+    section = report.readme_section()
+    assert "`cwd_loss`" in section and report.with_section(text, section) == text
 
 
 def test_a_document_without_markers_is_refused():
