@@ -15,17 +15,68 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from kdops import _checks
+from kdops import _checks, _op
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _WORD = 0xFFFFFFFF
+
+_op.library.define("mgd_mask(Tensor seed, int threshold, int[] shape) -> Tensor")
+_op.library.define(
+    "mgd_apply_mask_(Tensor(a!) out, Tensor x, Tensor? bias, Tensor? keep, Tensor? seed, int threshold, "
+    "bool on_channel) -> ()"
+)
+_op.library.impl("mgd_mask", _op.triton_kernel("mgd_mask", "mgd_mask"), "CUDA")
+_op.library.impl("mgd_apply_mask_", _op.triton_kernel("mgd_mask", "mgd_apply_mask_"), "CUDA")
+torch.library.register_fake(
+    "kdops::mgd_mask", lambda seed, threshold, shape: seed.new_empty(shape, dtype=torch.bool), lib=_op.library
+)
+
+
+class Mask(NamedTuple):
+    """A mask as it travels from forward to backward: positions that were given, or the seed of random ones."""
+
+    keep: Tensor | None  # bool, True is kept
+    seed: Tensor | None
+    shape: tuple[int, int, int, int]
+    on_channel: bool
+    masked_fraction: float  # lambda
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.keep, self.seed
+
+    def without_tensors(self) -> Mask:
+        return self._replace(keep=None, seed=None)
+
+    def with_tensors(self, keep: Tensor | None, seed: Tensor | None) -> Mask:
+        return self._replace(keep=keep, seed=seed)
+
+    def positions(self) -> Tensor:
+        """The kept positions, bool, by the kernel of the seed's device."""
+        if self.keep is not None:
+            return self.keep
+        return torch.ops.kdops.mgd_mask(self.seed, threshold(self.masked_fraction), self.shape)
+
+    def positions_ref(self) -> Tensor:
+        """The same by the definition."""
+        if self.keep is not None:
+            return self.keep
+        return draw_ref(self.seed, threshold(self.masked_fraction), self.shape)
+
+    def apply(self, x: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Writes mask * (x + bias) to out, which may be x, and returns it. A GPU draws the mask on the way."""
+        if x.is_cuda:
+            limit = threshold(self.masked_fraction)
+            torch.ops.kdops.mgd_apply_mask_(out, x, bias, self.keep, self.seed, limit, self.on_channel)
+            return out
+        return torch.where(self.positions(), x, torch.zeros((), dtype=x.dtype), out=out)
 
 
 def threshold(lambda_mgd: float) -> int:

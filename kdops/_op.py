@@ -57,7 +57,7 @@ class FusedLoss:
             f"{name}_backward(Tensor grad_output, {maps}, Tensor stats, {parameters}, int reduction) -> Tensor[]"
         )
         for op, function in ((name, "forward"), (f"{name}_backward", "backward")):
-            library.impl(op, _triton_kernel(name, function), "CUDA")
+            library.impl(op, triton_kernel(name, function), "CUDA")
         torch.library.register_fake(f"kdops::{name}", self._fake_forward, lib=library)
         torch.library.register_fake(f"kdops::{name}_backward", _fake_backward, lib=library)
         torch.library.register_autograd(
@@ -125,7 +125,7 @@ class _Eager(torch.autograd.Function):
                 student, teacher = list(saved[1 : 1 + levels]), list(saved[1 + levels :])
                 anchors, grads = student, ctx.op.backward(grad_output, student, teacher, saved[0], *ctx.parameters)
         if torch.is_grad_enabled():  # create_graph: a second derivative may be asked for later
-            grads = _RefuseDoubleBackward.apply(ctx.op.name, levels, *grads, *anchors, grad_output)
+            grads = refuse_double_backward(ctx.op.name, grads, (*anchors, grad_output))
         needed = ctx.needs_input_grad[4 : 4 + levels]
         return (None,) * 4 + tuple(g if need else None for g, need in zip(grads, needed)) + (None,) * levels
 
@@ -156,6 +156,11 @@ class _RefuseDoubleBackward(torch.autograd.Function):
             f"{ctx.name}: double backward is not supported by the fused kernels: the gradient is not differentiable. "
             'Use backend="reference" where a second derivative is needed.'
         )
+
+
+def refuse_double_backward(name: str, grads: Sequence[Tensor], anchors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The same gradients, which raise when they are differentiated with respect to one of the anchors."""
+    return _RefuseDoubleBackward.apply(name, len(grads), *grads, *anchors)
 
 
 def resolve(loss: str, backend: str, device: torch.device) -> str:
@@ -213,7 +218,7 @@ def _what_to_save(student: Sequence[Tensor], reduction: int) -> Save:
     return Save.GRADS if in_forward and all(s.dtype.itemsize >= 4 for s in student) else Save.STATS
 
 
-def _scaled(grads: list[Tensor], grad_output: Tensor) -> list[Tensor]:
+def scaled(grads: list[Tensor], grad_output: Tensor) -> list[Tensor]:
     """The saved gradients times grad_output: in place where this backward is the last that can need them."""
     if torch._C._autograd._get_current_graph_task_keep_graph():
         return torch.ops.kdops.scale_gradients.default(grads, grad_output)
@@ -225,7 +230,7 @@ def _fake_backward(grad_output: Tensor, student: list[Tensor], *args: Any) -> li
     return [torch.empty_like(s) for s in student]
 
 
-def _triton_kernel(module: str, function: str) -> Callable:
+def triton_kernel(module: str, function: str) -> Callable:
     """A launcher that is imported at the first call, so that a CPU-only user never imports triton."""
     launcher: list[Callable] = []
 
@@ -248,7 +253,8 @@ def _say_once(text: str) -> None:
 
 library.define("scale_gradients(Tensor[] grads, Tensor grad_output) -> Tensor[]")
 library.define("scale_gradients_(Tensor(a!)[] grads, Tensor grad_output) -> ()")
-library.impl("scale_gradients", _triton_kernel("scale", "scale_gradients"), "CUDA")
+for _name in ("scale_gradients", "scale_gradients_"):
+    library.impl(_name, triton_kernel("scale", _name), "CUDA")
 torch.library.register_fake(
     "kdops::scale_gradients", lambda grads, grad_output: [torch.empty_like(g) for g in grads], lib=library
 )

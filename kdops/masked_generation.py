@@ -10,37 +10,15 @@ convolution with bias, only where the numbers of channels differ.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kdops import _checks, _mask, _op
+from kdops import _checks, _generation, _mask, _op
+from kdops._first_convolution import Parameters
 
-__all__ = ["MaskedGeneration", "masked_generation", "masked_generation_ref"]
-
-
-class Parameters(NamedTuple):
-    """Weights and biases of the three convolutions; those of align may both be None."""
-
-    weight1: Tensor
-    bias1: Tensor
-    weight2: Tensor
-    bias2: Tensor
-    align_weight: Tensor | None = None
-    align_bias: Tensor | None = None
-
-
-def masked_generation_ref(student: Tensor, parameters: Parameters, keep: Tensor) -> Tensor:
-    """The generated map in eager PyTorch, ``keep`` a bool mask: the definition of right.
-
-    A masked position contributes nothing, not even where it holds NaN or inf.
-    """
-    p = parameters
-    aligned = student if p.align_weight is None else F.conv2d(student, p.align_weight, p.align_bias)
-    hidden = F.relu(F.conv2d(aligned.masked_fill(~keep, 0), p.weight1, p.bias1, padding=1))
-    return F.conv2d(hidden, p.weight2, p.bias2, padding=1)
+__all__ = ["MaskedGeneration", "masked_generation"]
 
 
 def masked_generation(
@@ -94,8 +72,9 @@ def masked_generation(
     _checks.choice(name, "backend", backend, _checks.BACKENDS)
     lambda_mgd = _mask.check_lambda(name, lambda_mgd)
     source = mask_source(name, student, parameters, lambda_mgd, mask_on_channel, mask, seed, generator)
-    _op.resolve(name, backend, student.device)
-    return masked_generation_ref(student, parameters, source)
+    if _op.resolve(name, backend, student.device) == "reference":
+        return _generation.compose(student, parameters, source.positions_ref())
+    return _generation.generate(student, parameters, source)
 
 
 def mask_source(
@@ -107,18 +86,19 @@ def mask_source(
     mask: Tensor | None,
     seed: Tensor | None,
     generator: torch.Generator | None,
-) -> Tensor:
-    """The kept positions, bool."""
+) -> _mask.Mask:
+    """The mask that the arguments ask for."""
     _checks.single_map(name, "student", student)
     shape = _mask.shape_of(student, on_channel, parameters.weight1.shape[1])
     if mask is not None:
         _mask.check_mask(name, mask, shape, student.device)
-        return mask if mask.dtype == torch.bool else mask != 0
+        keep = mask if mask.dtype == torch.bool else mask != 0
+        return _mask.Mask(keep, None, shape, on_channel, lambda_mgd)
     if seed is None:
         seed = _mask.draw_seed(student.device, generator)
     else:
         _mask.check_seed(name, seed, student.device)
-    return _mask.draw_ref(seed, _mask.threshold(lambda_mgd), shape)
+    return _mask.Mask(None, seed, shape, on_channel, lambda_mgd)
 
 
 class MaskedGeneration(nn.Module):

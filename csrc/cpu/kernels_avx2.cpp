@@ -14,6 +14,7 @@ namespace avx2 {
 using ::exp2;
 #include "vec.h"
 
+#include "gather_kernels.h"
 #include "row_kernels.h"
 }  // namespace avx2
 }  // namespace kdops

@@ -10,6 +10,7 @@ namespace portable {
 using ::exp2;
 #include "vec.h"
 
+#include "gather_kernels.h"
 #include "row_kernels.h"
 }  // namespace portable
 

@@ -237,6 +237,22 @@ void affine(const Strip& s, const Strip& t, const Strip& ds, int rows, AffineIn<
       [] {});
 }
 
+template <class A, class S, class T, int kMode>
+void difference(const Strip& s, const Strip& t, const Strip& ds, int rows, A factor, A* out) {
+  const bool write = ds.data != nullptr;
+  Sum<A> square;
+  sweep<A, S, T, kMode>(
+      s, t, rows,
+      [&](Vec<A> x, Vec<A> y, auto mask, int64_t i, int64_t j, int count) {
+        const Vec<A> d = x - y;
+        const Vec<A> used = mask.keep(d);
+        square.add(used * used);
+        if (write) put<A, S>(ds, i, j, d * factor, count);
+      },
+      [&] { square.flush(); });
+  if (out) put_sum<A, kMode>(out, rows, square);
+}
+
 template <class A, class T>
 void scale(const void* in, void* out, int64_t count, A factor) {
   const T* from = static_cast<const T*>(in);
@@ -253,6 +269,7 @@ void enter_pair(Kernels<A>& k, Dtype s, Dtype t) {
   k.gradient[s][t][0] = gradient<A, S, T, 0>, k.gradient[s][t][1] = gradient<A, S, T, 1>;
   k.co_moments[s][t][0] = co_moments<A, S, T, 0>, k.co_moments[s][t][1] = co_moments<A, S, T, 1>;
   k.affine[s][t][0] = affine<A, S, T, 0>, k.affine[s][t][1] = affine<A, S, T, 1>;
+  k.difference[s][t][0] = difference<A, S, T, 0>, k.difference[s][t][1] = difference<A, S, T, 1>;
 }
 
 template <class A, class T>
@@ -274,6 +291,7 @@ Kernels<float> float_kernels(const char* name) {
   enter_teachers<float>(k, kFloat32);
   enter_teachers<BFloat16>(k, kBFloat16);
   enter_teachers<Float16>(k, kFloat16);
+  k.gather = gather_kernels();
   k.lanes = lanes_of<float>, k.name = name;
   return k;
 }

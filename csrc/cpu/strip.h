@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "gather.h"
+
 namespace kdops {
 
 struct BFloat16 {
@@ -61,7 +63,10 @@ struct Kernels {
   void (*gradient[kDtypes][kDtypes][2])(const Strip& s, const Strip& t, const Strip& ds, int rows, GradientIn<A> in);
   void (*co_moments[kDtypes][kDtypes][2])(const Strip& s, const Strip& t, int rows, CoMoments<A> out);
   void (*affine[kDtypes][kDtypes][2])(const Strip& s, const Strip& t, const Strip& ds, int rows, AffineIn<A> in);
+  // ds = factor (s - t) where ds has data, and the sum of (s - t)^2 per row where `sum` is given. ds may be s.
+  void (*difference[kDtypes][kDtypes][2])(const Strip& s, const Strip& t, const Strip& ds, int rows, A factor, A* sum);
   void (*scale[kDtypes])(const void* in, void* out, int64_t count, A factor);
+  GatherKernels gather;  // float only
   int lanes;
   const char* name;
 };

@@ -1,0 +1,177 @@
+"""The kernels' way through MGD's generator: one autograd node, convolutions by the library, little kept alive.
+
+Between forward and backward live the student's map (held by its producer anyway), the mask's seed, the ReLU's output
+and, with the loss, the difference to the teacher, which takes the generated map's place. The backward takes the second
+convolution apart: once the ReLU's output has served the weight gradient it shrinks to one bit per element, and the
+difference is given up before the next map is made. So about two maps are alive at the peak, where the eager chain
+holds four.
+
+The gradient is linear in the difference, so its factor, 2 * alpha / N * grad_output, is multiplied into the results;
+fp16 alone takes it first, as its weight gradients would overflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdops import _op
+from kdops._first_convolution import (
+    FIELDS,
+    Parameters,
+    convolve,
+    give_up,
+    input_gradient,
+    path,
+    weight_gradients,
+)
+from kdops._mask import Mask
+
+_ops = torch.ops.kdops
+
+_op.library.define("mgd_relu_bits(Tensor x) -> Tensor")
+_op.library.define("mgd_relu_backward_(Tensor(a!) grad, Tensor bits) -> ()")
+_op.library.define("mgd_difference_(Tensor(a!) generated, Tensor? bias, Tensor teacher) -> Tensor")
+for _name in ("mgd_relu_bits", "mgd_relu_backward_", "mgd_difference_"):
+    _op.library.impl(_name, _op.triton_kernel("mgd_loss", _name), "CUDA")
+
+
+def generate(student: Tensor, parameters: Parameters, mask: Mask) -> Tensor:
+    """The generated map of checked inputs."""
+    if torch.compiler.is_compiling():
+        return compose(student, parameters, mask.positions())
+    student, parameters = _as_autocast(student, parameters)
+    return _Generate.apply(mask, student, *mask.tensors, *parameters)
+
+
+def generation_loss(student: Tensor, teacher: Tensor, parameters: Parameters, mask: Mask, alpha: float) -> Tensor:
+    """alpha / N * SUM (generated - teacher)^2 of checked inputs, in one node."""
+    student, parameters = _as_autocast(student, parameters)
+    return _Loss.apply(mask, alpha, teacher, student, *mask.tensors, *parameters)
+
+
+def compose(student: Tensor, parameters: Parameters, keep: Tensor) -> Tensor:
+    """The chain in PyTorch's operations, with gradients by autograd; ``keep`` is a bool mask."""
+    p = parameters
+    aligned = student if p.align_weight is None else F.conv2d(student, p.align_weight, p.align_bias)
+    hidden = F.relu(F.conv2d(aligned.masked_fill(~keep, 0), p.weight1, p.bias1, padding=1))
+    return F.conv2d(hidden, p.weight2, p.bias2, padding=1)
+
+
+class _Generate(torch.autograd.Function):
+    """generate() as one node."""
+
+    @staticmethod
+    def forward(ctx: Any, mask: Mask, student: Tensor, keep: Tensor | None, seed: Tensor | None, *parameters: Any) -> Tensor:
+        p = Parameters(*parameters)
+        hidden = path(student, p, mask).hidden(student, p, mask)
+        ctx.mask = mask.without_tensors()
+        ctx.save_for_backward(student, keep, seed, hidden, *parameters)
+        return convolve(hidden, p.weight2, p.bias2)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple:
+        student, keep, seed, hidden, *parameters = ctx.saved_tensors
+        wanted = _wanted(ctx.needs_input_grad[1], ctx.needs_input_grad[4:])
+        mask = ctx.mask.with_tensors(keep, seed)
+        grads = _backward(student, Parameters(*parameters), mask, hidden, grad_output, wanted, None, own_grad=False)
+        grads = _refusing_double_backward("masked_generation", grads, (student, *parameters, grad_output))
+        return (None, grads[0], None, None, *grads[1:])
+
+
+class _Loss(torch.autograd.Function):
+    """generation_loss() as one node, so that the generated map can give its place to the difference."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mask: Mask,
+        alpha: float,
+        teacher: Tensor,
+        student: Tensor,
+        keep: Tensor | None,
+        seed: Tensor | None,
+        *parameters: Any,
+    ) -> Tensor:
+        p = Parameters(*parameters)
+        hidden = path(student, p, mask).hidden(student, p, mask)
+        on_gpu = student.is_cuda  # where the library adds a bias in a pass of its own
+        difference = convolve(hidden, p.weight2, None if on_gpu else p.bias2)
+        loss = _ops.mgd_difference_(difference, p.bias2 if on_gpu else None, teacher)
+        ctx.mask, ctx.slope = mask.without_tensors(), 2 * alpha / student.shape[0]
+        ctx.save_for_backward(student, keep, seed, hidden, difference, *parameters)
+        return loss * (alpha / student.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple:
+        student, keep, seed, hidden, difference, *parameters = ctx.saved_tensors
+        wanted = _wanted(ctx.needs_input_grad[3], ctx.needs_input_grad[6:])
+        mask, factor, own = ctx.mask.with_tensors(keep, seed), grad_output.detach() * ctx.slope, True
+        if difference.dtype == torch.float16:
+            own = not _keeps_graph()
+            (difference,), factor = _op.scaled([difference], factor), None
+        grads = _backward(student, Parameters(*parameters), mask, hidden, difference, wanted, factor, own)
+        grads = _refusing_double_backward("MGDLoss", grads, (student, *parameters, grad_output))
+        return (None, None, None, grads[0], None, None, *grads[1:])
+
+
+def _backward(
+    student: Tensor,
+    p: Parameters,
+    mask: Mask,
+    hidden: Tensor,
+    grad: Tensor,
+    wanted: dict[str, bool],
+    factor: Tensor | None,
+    own_grad: bool,
+) -> list[Tensor | None]:
+    """The gradients of the `FIELDS`, times factor. own_grad: ``grad`` is a buffer of this node."""
+    last = not _keeps_graph()
+    layout = torch.channels_last if hidden.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    grad = grad.contiguous(memory_format=layout)
+    weight2, bias2 = weight_gradients(grad, hidden, p.weight2, wanted["weight2"], wanted["bias2"])
+    results: dict[str, Tensor | None] = {"weight2": weight2, "bias2": bias2}
+    if any(wanted[name] for name in FIELDS if name not in results):
+        bits = _ops.mgd_relu_bits(hidden)
+        if last:
+            give_up(hidden)
+        inner = input_gradient(grad, p.weight2, like=grad).contiguous(memory_format=layout)  # the order of the bits
+        if last and own_grad:
+            give_up(grad)
+        _ops.mgd_relu_backward_(inner, bits)
+        results.update(path(student, p, mask).backward(student, p, mask, inner, wanted))
+    if factor is not None:
+        _ops.scale_gradients_([x for x in results.values() if x is not None], factor)
+    return [results.get(name) for name in FIELDS]
+
+
+def _keeps_graph() -> bool:
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _wanted(student: bool, parameters: Sequence[bool]) -> dict[str, bool]:
+    return dict(zip(FIELDS, (student, *parameters)))
+
+
+def _refusing_double_backward(
+    name: str, grads: list[Tensor | None], anchors: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """The gradients, made such that differentiating them raises where a graph of them is asked for."""
+    if not torch.is_grad_enabled():
+        return grads
+    given = [x for x in grads if x is not None]
+    guarded = iter(_op.refuse_double_backward(name, given, [x for x in anchors if x is not None]))
+    return [None if x is None else next(guarded) for x in grads]
+
+
+def _as_autocast(student: Tensor, parameters: Parameters) -> tuple[Tensor, Parameters]:
+    """What torch.autocast makes of a convolution's inputs."""
+    kind = student.device.type
+    if not torch.is_autocast_enabled(kind) or student.dtype == torch.float64:
+        return student, parameters
+    dtype = torch.get_autocast_dtype(kind)
+    return student.to(dtype), Parameters(*(None if x is None else x.to(dtype) for x in parameters))
