@@ -120,7 +120,7 @@ class _Eager(torch.autograd.Function):
         levels, saved = ctx.levels, ctx.saved_tensors
         with torch._C._AutoDispatchBelowAutograd():
             if ctx.save == Save.GRADS:
-                anchors, grads = ctx.anchor, _scaled(list(saved), grad_output)
+                anchors, grads = ctx.anchor, scaled(list(saved), grad_output)
             else:
                 student, teacher = list(saved[1 : 1 + levels]), list(saved[1 + levels :])
                 anchors, grads = student, ctx.op.backward(grad_output, student, teacher, saved[0], *ctx.parameters)
