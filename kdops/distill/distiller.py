@@ -166,7 +166,7 @@ class Distiller(nn.Module):
         """
         return DistillLoss(self._zero) if self.stopped else self._loss()
 
-    @torch.compiler.disable
+    @torch._disable_dynamo  # torch.compiler.disable, without importing the compiler together with kdops
     def _loss(self) -> DistillLoss:
         students, (args, kwargs), autocast = self._take()
         first = next(iter(students.values()))
