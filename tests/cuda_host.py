@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils import cpp_extension
+
+from kdops import testing
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK, CLUSTER, WAVES, CHANNELS_LAST = 1, 2, 3, 4
@@ -69,6 +72,64 @@ def shim() -> Shim:
     return Shim(path)
 
 
-def run(op: str, student: list, teacher: list, *parameters: Any, path: int, save: int) -> tuple:
-    """One forward: loss, stats, grads."""
-    return getattr(shim().ops, f"{op}_cuda")(student, teacher, *parameters, save, path)
+NORMS = {None: (0, 0.0), "batch": (1, 1e-5), "pkd": (2, 1e-6)}
+REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
+NOTHING, STATS, GRADS = 0, 1, 2
+
+
+def parameters(case: testing.Case) -> tuple:
+    """The scalar arguments of a case's operator, in the order of its schema."""
+    options = dict(case.options)
+    norm, eps = NORMS[options.get("norm", "pkd" if case.loss == "pkd_loss" else None)]
+    tail = (norm, options.get("eps") or eps, options.get("loss_weight", 1.0), REDUCTIONS[case.reduction])
+    return tail if case.loss == "pkd_loss" else (options.get("tau", 1.0), *tail)
+
+
+def forward(ops: Any, case: testing.Case, student: Any, teacher: Any, path: int, save: int) -> tuple:
+    """Loss, statistics and gradients of a case on a path; ``ops`` is the shim's or torch.ops.kdops."""
+    maps = [[x.detach() for x in testing.as_list(m)] for m in (student, teacher)]
+    return getattr(ops, f"{case.loss}_cuda")(*maps, *parameters(case), save, path)
+
+
+def backward(ops: Any, case: testing.Case, grad_output: Tensor, student: Any, teacher: Any, stats: Tensor, path: int) -> list:
+    """The gradients of a case from its statistics."""
+    maps = [[x.detach() for x in testing.as_list(m)] for m in (student, teacher)]
+    return getattr(ops, f"{case.loss}_backward_cuda")(grad_output, *maps, stats, *parameters(case), path)
+
+
+def check(ops: Any, case: testing.Case, path: int, device: str = "cpu", seed: int = 0) -> None:
+    """Both placements of a case on a path against the fp64 oracle, value and gradient, within kdops.testing's budgets."""
+    student, teacher = case.inputs(device, seed)
+    loss, stats, grads = forward(ops, case, student, teacher, path, STATS)
+    assert loss.dtype == torch.float32 and not grads
+    generator = torch.Generator().manual_seed(seed + 1)
+    half = case.student_dtype == torch.float16  # as under a GradScaler
+    weights = torch.full(loss.shape, 65536.0) if half else torch.rand(loss.shape, generator=generator) + 0.5
+    weights = weights.to(device)
+    values, expected = oracle(case, student, teacher, weights)
+    _compare(case, loss, backward(ops, case, weights, student, teacher, stats, path), values, expected, student)
+    value_only, none, _ = forward(ops, case, student, teacher, path, NOTHING)
+    assert torch.equal(value_only, loss) and none.numel() == 0
+    if case.reduction != "none" and not half:
+        loss, none, grads = forward(ops, case, student, teacher, path, GRADS)
+        assert none.numel() == 0
+        _compare(case, loss, grads, *oracle(case, student, teacher, torch.ones_like(loss)), student)
+
+
+def oracle(case: testing.Case, student: Any, teacher: Any, weights: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """The fp64 values in one tensor like the operator's, and the gradients."""
+    if case.reduction != "none":
+        values, gradients = case.oracle(student, teacher, weights)
+        return values[0], gradients
+    shapes = [s.shape[1:2] if case.loss == "pkd_loss" else s.shape[:2] for s in testing.as_list(student)]
+    split = [w.view(shape) for w, shape in zip(weights.split([s.numel() for s in shapes]), shapes)]
+    values, gradients = case.oracle(student, teacher, split)
+    return torch.cat([v.flatten() for v in values]), gradients
+
+
+def _compare(case: testing.Case, loss: Tensor, grads: list, values: Tensor, expected: list, student: Any) -> None:
+    assert testing.relative_error(loss, values) <= testing.VALUE_BUDGET[case.student_dtype]
+    assert len(grads) == len(expected)
+    for g, e, s in zip(grads, expected, testing.as_list(student)):
+        assert g.dtype == s.dtype and g.stride() == torch.empty_like(s).stride()
+        assert testing.relative_error(g, e) <= testing.GRADIENT_BUDGET[case.student_dtype]

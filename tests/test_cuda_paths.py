@@ -1,0 +1,172 @@
+"""The CUDA kernels on the host shim: every path against the fp64 oracle, on odd sizes, and the bytes that it moves."""
+
+from __future__ import annotations
+
+import cuda_host as host
+import pytest
+import torch
+
+from kdops import testing
+
+CHANNEL_PATHS = (host.BLOCK, host.CLUSTER, host.WAVES)
+POSITIONS_CONTIGUOUS = ("nchw", "channel_slice", "expanded")
+
+
+@pytest.fixture(scope="module")
+def built():
+    return host.shim()
+
+
+@pytest.fixture
+def shim(built):
+    built.device()
+    built.order(0)
+    built.reset()
+    return built
+
+
+def covered(case: testing.Case, layouts: tuple) -> bool:
+    same = case.student_dtype == case.teacher_dtype != torch.float64
+    return same and case.student_layout in layouts and case.teacher_layout in layouts
+
+
+@pytest.mark.parametrize("path", CHANNEL_PATHS)
+@pytest.mark.parametrize("case", [c for c in testing.cases() if covered(c, POSITIONS_CONTIGUOUS)], ids=str)
+def test_channels(case, path, shim, poisoned):
+    host.check(shim.ops, case, path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", testing.LOSSES)
+@pytest.mark.parametrize("shape", [(3, 1, 75, 98), (1, 1, 140, 131)])
+def test_cluster_sizes(loss, shape, dtype, shim, poisoned):
+    """The less shared memory the made-up device has, the larger the clusters that hold a channel."""
+    case = testing.Case(loss, testing.LOSSES[loss][1][-1], (shape,), dtype, dtype)
+    seen = set()
+    for shared in (int((200 << 10) * 0.93**i) for i in range(100)):
+        shim.device(multiprocessors=16, shared=shared)
+        shim.reset()
+        try:
+            host.forward(shim.ops, case, *case.inputs(), host.CLUSTER, host.NOTHING)
+        except RuntimeError as refused:
+            assert "no cluster of this device holds a channel" in str(refused)
+            break
+        (launch,) = shim.launches
+        if launch.cluster not in seen:
+            seen.add(launch.cluster)
+            assert launch.shared_bytes <= shared
+            host.check(shim.ops, case, host.CLUSTER)
+    assert seen == {2, 4, 8, 16}
+
+
+@pytest.mark.parametrize("path", CHANNEL_PATHS)
+@pytest.mark.parametrize("loss", testing.LOSSES)
+def test_any_order_of_threads_gives_the_same_bits(loss, path, shim, poisoned):
+    """A missing barrier shows as another result in some order."""
+    shim.device(multiprocessors=3, shared=24 << 10)
+    case = testing.Case(loss, testing.LOSSES[loss][1][-1], ((3, 4, 31, 33), (3, 5, 8, 8)), torch.bfloat16, torch.bfloat16)
+    student, teacher = case.inputs()
+    runs = []
+    for seed in range(6):
+        shim.order(seed)
+        loss_value, stats, _ = host.forward(shim.ops, case, student, teacher, path, host.STATS)
+        runs.append([loss_value, stats, *host.forward(shim.ops, case, student, teacher, path, host.GRADS)[2]])
+    assert all(torch.isfinite(x).all() for x in runs[0])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
+
+
+# Bytes per element of one map, in half precision: value, with the gradient in the forward, and the backward from
+# statistics. On chip a map is read once; in waves once per visit, the later ones from the L2 cache.
+BYTES = {
+    ("cwd_loss", host.BLOCK): (4, 6, 6),
+    ("cwd_loss", host.CLUSTER): (4, 6, 6),
+    ("cwd_loss", host.WAVES): (8, 14, 6),
+    ("pkd_loss", host.BLOCK): (4, 6, 6),
+    ("pkd_loss", host.CLUSTER): (4, 6, 6),
+    ("pkd_loss", host.WAVES): (4, 10, 6),
+}
+
+
+@pytest.mark.parametrize("shapes", [((2, 3, 40, 40),), ((3, 4, 13, 19), (3, 2, 25, 38))])
+@pytest.mark.parametrize(("loss", "path"), BYTES)
+def test_bytes(loss, path, shapes, shim):
+    case = testing.Case(loss, testing.LOSSES[loss][1][-1], shapes, torch.bfloat16, torch.bfloat16)
+    student, teacher = case.inputs()
+    elements = sum(s.numel() for s in testing.as_list(student))
+
+    def moved(work):
+        shim.reset()
+        out = work()
+        return sum(shim.bytes) / elements, out
+
+    forward, (_, stats, _) = moved(lambda: host.forward(shim.ops, case, student, teacher, path, host.STATS))
+    with_gradient, _ = moved(lambda: host.forward(shim.ops, case, student, teacher, path, host.GRADS))
+    weight = torch.ones(())
+    backward, _ = moved(lambda: host.backward(shim.ops, case, weight, student, teacher, stats, path))
+    assert (forward, with_gradient, backward) == BYTES[loss, path]
+
+
+@pytest.mark.parametrize("path", CHANNEL_PATHS)
+@pytest.mark.parametrize("loss", testing.LOSSES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("where", ["student", "teacher"])
+def test_nan_and_inf(loss, path, bad, where, shim):
+    for options in testing.LOSSES[loss][1]:
+        case = testing.Case(loss, options, testing.SHAPES["odd"])
+        student, teacher = case.inputs()
+        with torch.no_grad():
+            (student if where == "student" else teacher)[1, 2, 3, 4] = bad
+        value, _, _ = host.forward(shim.ops, case, student, teacher, path, host.NOTHING)
+        eager = case.call(student, teacher, "reference")
+        assert not torch.isfinite(eager) and not torch.isfinite(value)
+        assert torch.isnan(value) or not torch.isnan(eager)
+
+
+@pytest.mark.parametrize("path", CHANNEL_PATHS)
+@pytest.mark.parametrize("loss", testing.LOSSES)
+def test_constant_channel(loss, path, shim):
+    for options in testing.LOSSES[loss][1]:
+        case = testing.Case(loss, options, testing.SHAPES["odd"])
+        student, teacher = case.inputs()
+        with torch.no_grad():
+            student[:, 3], teacher[:, 4] = 0.7, -1.3
+        value, _, (gradient,) = host.forward(shim.ops, case, student, teacher, path, host.GRADS)
+        values, (expected,) = host.oracle(case, student, teacher, torch.ones(()))
+        assert testing.relative_error(value, values) < 5e-6
+        assert testing.relative_error(gradient, expected) < 1e-5
+
+
+@pytest.mark.parametrize("path", CHANNEL_PATHS)
+def test_large_mean(path, shim, poisoned):
+    """A mean of 333, where E[x^2] - E[x]^2 is off by a hundredth."""
+    rounding = 2.0**-16 / 0.5  # of the mean itself, kept in fp32, in the smallest deviation of these maps
+    for loss, (_, variants) in testing.LOSSES.items():
+        case = testing.Case(loss, variants[-1], ((2, 4, 40, 60),), mean=333.0)
+        student, teacher = case.inputs()
+        value, _, (gradient,) = host.forward(shim.ops, case, student, teacher, path, host.GRADS)
+        values, (expected,) = host.oracle(case, student, teacher, torch.ones(()))
+        assert testing.relative_error(value, values) < 5e-6
+        assert testing.relative_error(gradient, expected) < 1e-5 + rounding
+
+
+def test_refusals(shim):
+    """Each path says why it cannot take a call."""
+
+    def refusal(path, **changes):
+        case = testing.Case("cwd_loss", {"norm": "batch"}, ((2, 4, 13, 19),), **changes)
+        save = host.GRADS if changes.get("student_dtype") == torch.float16 else host.STATS
+        with pytest.raises(RuntimeError) as error:
+            host.forward(shim.ops, case, *case.inputs(), path, save)
+        return str(error.value)
+
+    assert "float32, bfloat16 and float16" in refusal(host.BLOCK, student_dtype=torch.float64)
+    assert "differ in dtype" in refusal(host.BLOCK, student_dtype=torch.bfloat16)
+    assert "positions of a row" in refusal(host.WAVES, teacher_layout="channels_last")
+    assert "height and width" in refusal(host.BLOCK, student_layout="crop")
+    assert "underflow" in refusal(host.BLOCK, student_dtype=torch.float16, teacher_dtype=torch.float16)
+    shim.device(shared=2 << 10)
+    assert "bytes on chip" in refusal(host.BLOCK)
+    assert "no cluster" in refusal(host.CLUSTER)
+    shim.device(architecture=80)
+    assert "compute capability 9.0" in refusal(host.CLUSTER)
