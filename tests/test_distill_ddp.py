@@ -14,7 +14,7 @@ from distill_networks import LAYERS, Detector, images, targets
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdops import CWDLoss
+from kdops import CWDLoss, MGDLoss
 from kdops.distill import (
     DistilledOutput,
     DistilledStudent,
@@ -28,17 +28,6 @@ from kdops.distill import (
 
 STEPS, STOP, RANKS = 6, 4, 2
 FORMS = ("wrapper", "accumulation", "own", "student", "static", "progressive")
-
-
-class _Generator(nn.Module):
-    """A trained loss, so that a module with parameters of its own is among the taps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.generate = nn.Conv2d(6, 10, 3, padding=1)
-
-    def forward(self, preds_S: Tensor, preds_T: Tensor) -> Tensor:
-        return (self.generate(preds_S) - preds_T).square().sum() / preds_S.shape[0] * 1e-2
 
 
 class _Own(nn.Module):
@@ -67,7 +56,8 @@ def _model(form: str, seed: int) -> DistilledStudent:
     torch.manual_seed(seed)
     shared = nn.Conv2d(6, 10, 1, bias=False)  # one align layer of two taps
     taps = [Tap(layer, loss=CWDLoss(norm=None, tau=2.0), align=shared) for layer in LAYERS]
-    taps.append(Tap("stage", loss=_Generator(), name="generator"))
+    # MGD, a loss with parameters of its own; lambda 0, as the processes would draw other masks than one process.
+    taps.append(Tap("stage", loss=MGDLoss(6, 10, alpha_mgd=1e-3, lambda_mgd=0.0), name="mgd"))
     if form == "progressive":
         stages = [Stage(teacher, taps, steps=2), Stage(other, taps, steps=STOP - 2)]
         distiller = ProgressiveDistillation(student, stages)
@@ -147,7 +137,7 @@ def test_two_processes_give_the_parameters_of_one(trained, form):
     end = 2 if form == "progressive" else 1
     assert expected["distiller._extra_state"].tolist() == [STEPS, 0, end], "the run goes on behind the stop"
     if form != "progressive":
-        assert "distiller.taps.loss.2.generate.weight" in expected and "distiller.taps.align.1.weight" in expected
+        assert "distiller.taps.loss.2.generation.0.weight" in expected and "distiller.taps.align.1.weight" in expected
     first, second = trained[form]
     for name, value in expected.items():
         if value.is_floating_point():
@@ -159,5 +149,5 @@ def test_two_processes_give_the_parameters_of_one(trained, form):
 def test_parameters_of_the_distiller_are_named_for_ddp_to_ignore():
     model = _model("wrapper", seed=1)
     wanted = [name for name, _ in model.named_parameters() if name.startswith("distiller.")]
-    assert len(wanted) == 3
+    assert len(wanted) == 7
     assert model._ddp_params_and_buffers_to_ignore == wanted
