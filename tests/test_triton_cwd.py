@@ -7,9 +7,9 @@ import torch
 from triton_interpreter import (
     DEVICE,
     INTERPRETED,
-    MARKS,
     check,
     forced_tiling,
+    in_this_process,
     launcher,
     parameters,
     run_in_the_interpreter,
@@ -22,14 +22,8 @@ LOSS = "cwd_loss"
 BATCH = {"norm": "batch", "tau": 1.0}
 PLAIN = {"norm": None, "tau": 2.0}
 SMALL, SQUARE, ROW = (2, 5, 13, 19), (2, 3, 20, 20), (2, 5, 1, 67)
-PYRAMID = ((2, 4, 16, 20), (2, 3, 7, 8), (2, 4, 4, 5), (2, 4, 2, 3), (2, 9, 1, 1))
+PYRAMID = ((2, 4, 16, 20), (2, 3, 7, 8), (2, 4, 4, 5), (2, 4, 2, 3), (2, 9, 3, 1))
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-
-
-def in_this_process(function):
-    for mark in MARKS:
-        function = mark(function)
-    return function
 
 
 if not INTERPRETED:
@@ -80,7 +74,7 @@ def test_layouts_that_differ(student, teacher):
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 def test_levels(layout, options):
     reduction = "none" if options is BATCH else "mean"
-    check(Case(LOSS, options, PYRAMID[:4], student_layout=layout, teacher_layout=layout, reduction=reduction))
+    check(Case(LOSS, options, PYRAMID, student_layout=layout, teacher_layout=layout, reduction=reduction))
 
 
 @in_this_process
@@ -109,7 +103,8 @@ def test_large_means(mean, options):
 @pytest.mark.parametrize("options", [BATCH, PLAIN], ids=str)
 @pytest.mark.parametrize("layout", ["nchw", "channels_last", "crop"])
 def test_rows_split_over_programs(layout, options):
-    case = Case(LOSS, options, ((2, 3, 41, 55), (2, 3, 20, 16)), student_layout=layout, teacher_layout=layout, mean=30.0)
+    shapes = ((1, 3, 12, 16), (2, 3, 9, 12))
+    case = Case(LOSS, options, shapes, student_layout=layout, teacher_layout=layout, mean=30.0)
     with forced_tiling(steps=1):
         check(case)
 
@@ -134,7 +129,6 @@ def test_values_that_are_not_finite(side, bad, norm):
         (student if side == "student" else teacher)[0][1, 1, 2, 3] = bad
     value, (gradient,) = value_and_gradient(case, student, teacher)
     value = value.view(2, 2)
-    hit = torch.tensor([[False, False], [norm is not None, True]], device=DEVICE).T.contiguous()
     hit = torch.tensor([[False, norm is not None], [False, True]], device=DEVICE)
     assert torch.equal(value.isnan(), hit)
     assert torch.equal(gradient.isnan().all(dim=(2, 3)), hit) and torch.equal(gradient.isnan().any(dim=(2, 3)), hit)

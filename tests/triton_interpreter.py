@@ -10,6 +10,7 @@ import importlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -22,12 +23,17 @@ from kdops.testing import GRADIENT_BUDGET, VALUE_BUDGET, Case, as_list, relative
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-MARKS = [pytest.mark.usefixtures("poisoned")] + ([] if INTERPRETED else [pytest.mark.gpu])
 #: The interpreter cuts where a device rounds to the nearest bfloat16, which doubles the error of a stored gradient.
 BFLOAT16_BUDGET = (2 if INTERPRETED else 1) * GRADIENT_BUDGET[torch.bfloat16]
 NORMS = {None: 0, "batch": 1, "pkd": 2}
 REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 _EPS = {None: 0.0, "batch": 1e-5, "pkd": 1e-6}
+
+
+def in_this_process(function: Callable) -> Callable:
+    """Marks a test of the kernels: fresh memory is NaN, and outside the interpreter it needs a GPU."""
+    function = pytest.mark.usefixtures("poisoned")(function)
+    return function if INTERPRETED else pytest.mark.gpu(function)
 
 
 def run_in_the_interpreter(path: str) -> None:
@@ -48,14 +54,15 @@ def parameters(loss: str, options: dict[str, Any], reduction: str) -> tuple:
     """A loss's options as the operator takes them, reduction last."""
     norm = options.get("norm")
     eps = options.get("eps")
-    tail = (NORMS[norm], _EPS[norm] if eps is None else eps, options.get("loss_weight", 1.0), REDUCTIONS[reduction])
+    eps = _EPS[norm] if eps is None else eps
+    tail = (NORMS[norm], eps, options.get("loss_weight", 1.0), REDUCTIONS[reduction])
     return (options.get("tau", 1.0), *tail) if loss == "cwd_loss" else tail
 
 
 def value_and_gradient(
     case: Case, student: list[Tensor], teacher: list[Tensor], grad_output: Tensor | float = 1.0
 ) -> tuple[Tensor, list[Tensor]]:
-    """Forward and backward of the kernels; grad_output may be a number."""
+    """Forward and backward of the kernels; grad_output may be a number. The value alone must be the same."""
     module, options = launcher(case.loss), parameters(case.loss, case.options, case.reduction)
     student = [s.detach() for s in student]
     value, stats, grads = module.forward(student, teacher, *options, 1)
@@ -68,7 +75,7 @@ def value_and_gradient(
 
 
 def check(case: Case, seed: int = 0) -> None:
-    """Value and gradient of a case against the fp64 oracle of the same rounded inputs, with a grad_output of its own."""
+    """Value and gradient of a case against the fp64 oracle of the same rounded inputs; grad_output is random."""
     student, teacher = (as_list(x) for x in case.inputs(DEVICE, seed))
     wide = torch.float64 in (case.student_dtype, case.teacher_dtype)
     shapes = [s.shape[1:2] if case.loss == "pkd_loss" else s.shape[:2] for s in student]

@@ -109,8 +109,8 @@ def _gradient(level, stats, go, go_stride, total_rows, chunk, weight, tau,
         if NORMALISED:
             g1 -= (s1 - mean) * slope
             g2 -= (s2 - mean) * slope
-        store_tile(g_rows, p1, mask1, W, g_h, g_w, ORDER, G_MODE, g1.to(S_TYPE))
-        store_tile(g_rows, p2, mask2, W, g_h, g_w, ORDER, G_MODE, g2.to(S_TYPE))
+        store_tile(g_rows, p1, mask1, W, g_h, g_w, ORDER, G_MODE, g1, S_TYPE)
+        store_tile(g_rows, p2, mask2, W, g_h, g_w, ORDER, G_MODE, g2, S_TYPE)
 
 
 @triton.jit(do_not_specialize=["go_stride", "total_rows", "chunk", "weight", "tau"])

@@ -197,8 +197,8 @@ def _gradient(level, stats, go, go_stride, total_channels, chunk, weight,
         t2 = load_tile(t_rows, p2, mask2, W, t_h, t_w, ORDER, T_MODE, ACC)
         g1 = (s1 - s_mean) * s_factor - (t1 - t_mean) * t_factor
         g2 = (s2 - s_mean) * s_factor - (t2 - t_mean) * t_factor
-        store_tile(g_rows, p1, mask1, W, g_h, g_w, ORDER, G_MODE, g1.to(S_TYPE))
-        store_tile(g_rows, p2, mask2, W, g_h, g_w, ORDER, G_MODE, g2.to(S_TYPE))
+        store_tile(g_rows, p1, mask1, W, g_h, g_w, ORDER, G_MODE, g1, S_TYPE)
+        store_tile(g_rows, p2, mask2, W, g_h, g_w, ORDER, G_MODE, g2, S_TYPE)
 
 
 @triton.jit(do_not_specialize=["go_stride", "total_channels", "chunk", "weight"])

@@ -25,7 +25,7 @@ _PER_THREAD = 8  # elements of a tile; in channels_last, where every channel has
 PROGRAMS = 2048  # split rows until a launch has so many programs: about 15 for each of a large GPU's 132 SMs
 _MIN_STEPS = 8  # tiles that a program reads at least where rows are split, to pay for its prologue
 _WASTE = 1.1  # lanes launched per element: take the largest tile within this, else the one with the least
-_HALF = 31  # two numbers below 2**31 travel in one argument, as tiles.py unpacks them
+_HALF = 32  # two numbers travel in one argument, as tiles.py unpacks them
 _ARGUMENTS_PER_LEVEL = 7
 MERGE = {"CHANNELS": 8, "ENTRIES": 64, "num_warps": 4}  # tile of the merge kernels: channels by (image, split)
 

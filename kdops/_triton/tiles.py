@@ -24,7 +24,7 @@ LEVEL_FIELDS = tl.constexpr(24)
 FIELDS_PER_LEVEL = 24
 LEVELS_PER_FILL = 4
 UNROLL = tl.constexpr(2)  # tiles per step of a loop: their loads are in flight together
-_HALF, _LOW = tl.constexpr(31), tl.constexpr(2**31 - 1)  # two numbers below 2**31 travel in one argument
+_HALF = tl.constexpr(32)  # two numbers travel in one argument
 
 _FILL_ARGUMENTS = [f"{name}{i}" for i in range(LEVELS_PER_FILL) for name in ("s", "t", "g", "nc", "hw", "rk", "part")]
 
@@ -43,7 +43,8 @@ def _fill_level(table, level, levels, s, t, g, nc, hw, rk, part):
     if level < levels:
         out = table + level * LEVEL_FIELDS
         nc, hw, rk, part = nc.to(tl.int64), hw.to(tl.int64), rk.to(tl.int64), part.to(tl.int64)
-        N, C, H, W = nc >> _HALF, nc & _LOW, hw >> _HALF, hw & _LOW
+        N, H, row0 = nc >> _HALF, hw >> _HALF, rk >> _HALF
+        C, W, channel0 = nc - (N << _HALF), hw - (H << _HALF), rk - (row0 << _HALF)
         tl.store(out + STUDENT, s.to(tl.int64))
         tl.store(out + TEACHER, t.to(tl.int64))
         tl.store(out + GRADIENT, g.to(tl.int64))
@@ -51,8 +52,8 @@ def _fill_level(table, level, levels, s, t, g, nc, hw, rk, part):
         tl.store(out + C_FIELD, C)
         tl.store(out + H_FIELD, H)
         tl.store(out + W_FIELD, W)
-        tl.store(out + ROW0, rk >> _HALF)
-        tl.store(out + CHANNEL0, rk & _LOW)
+        tl.store(out + ROW0, row0)
+        tl.store(out + CHANNEL0, channel0)
         tl.store(out + PART0, part >> 4)
         tl.store(out + ALIGNED, part & 1)
         _fill_strides(out + STRIDES, ((part >> 1) & 1) != 0, C, H, W)
@@ -213,7 +214,11 @@ def load_tile(rows, p, mask, W, stride_h, stride_w, ORDER: tl.constexpr, MODE: t
 
 
 @triton.jit
-def store_tile(rows, p, mask, W, stride_h, stride_w, ORDER: tl.constexpr, MODE: tl.constexpr, value):
+def store_tile(rows, p, mask, W, stride_h, stride_w, ORDER: tl.constexpr, MODE: tl.constexpr, value,
+               TYPE: tl.constexpr):  # fmt: skip
+    if TYPE == tl.bfloat16:  # no direct conversion from double precision everywhere
+        value = value.to(tl.float32)
+    value = value.to(TYPE)
     tl.store(rows + position_offsets(p, W, stride_h, stride_w, ORDER, MODE), value, mask=mask)
 
 
