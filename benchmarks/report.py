@@ -166,13 +166,15 @@ def _providers_table(w: Workload) -> str:
             p, _ms(w.time(p, timing.FORWARD)), _ms(w.time(p, timing.BACKWARD)), _ms(w.time(p)),
             f"{_ms(float(both['p20_us']))} to {_ms(float(both['p80_us']))}", _number(w.time(p) / reference),
             _number(w.peak_maps(p)), both["value_error"], both["gradient_error"],
+            _ms(w.time(p, timing.GRAPH)), _ms(w.time(p, timing.WARM_GRAPH)),
         ))  # fmt: skip
-    lines.append((PASS_PROVIDER, "", "", _ms(reference), "", _number(1.0), "", "", ""))
-    lines += [(p, "no time: disagrees", *[""] * 5, row["value_error"], row["gradient_error"])
+    lines.append((PASS_PROVIDER, "", "", _ms(reference), "", _number(1.0), *[""] * 5))
+    lines += [(p, "no time: disagrees", *[""] * 5, row["value_error"], row["gradient_error"], "", "")
               for (p, mode), row in w.rows.items() if mode == "disagrees"]  # fmt: skip
     head = ("provider", "forward ms", "backward ms", "both ms", "p20 to p80", "in passes", "peak maps",
-            "value error", "gradient error")  # fmt: skip
-    return _table(head, lines)
+            "value error", "gradient error", "CUDA graph ms", "warm L2 ms")  # fmt: skip
+    width = len(head) if any(mode == timing.GRAPH for _, mode in w.rows) else len(head) - 2
+    return _table(head[:width], [line[:width] for line in lines])
 
 
 def _model_line(w: Workload, bandwidth: float, on_cpu: bool) -> str:

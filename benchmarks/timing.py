@@ -18,7 +18,8 @@ import torch
 from kdops.testing import as_list
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
-PASS, GRAPH, HOST, STEP = "pass", "forward+backward, CUDA graph", "host", "training step"
+PASS, HOST, STEP = "pass", "host", "training step"
+GRAPH, WARM_GRAPH = "forward+backward, CUDA graph", "forward+backward, CUDA graph, warm L2"
 #: A sample shorter than this repeats its step: the clock and a cold branch predictor would weigh too much.
 SHORTEST_SAMPLE = 1e-3
 FEWEST, MOST = 11, 300
@@ -91,13 +92,13 @@ def calls(functions: dict[str, Callable[[], Any]], seconds: float, device: str) 
     return {name: quantiles(values) for name, values in samples.items()}
 
 
-def graph(make: Callable[[int], Step], copies: int, replays: int = 30) -> list[float]:
-    """Seconds per step on a GPU, without the host: ``copies`` steps, each on inputs of its own, in one CUDA graph.
+def graph(steps: list[Step], replays: int = 30) -> list[float]:
+    """Seconds per step on a GPU, without the host: all steps one after the other in one CUDA graph.
 
     With inputs of at least three times the L2 cache together, every step finds a cache that others have filled.
     """
-    steps = [make(i) for i in range(copies)]
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for step in steps:
             step()
@@ -114,7 +115,7 @@ def graph(make: Callable[[int], Step], copies: int, replays: int = 30) -> list[f
         captured.replay()
         end.record()
         torch.cuda.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3 / copies)
+        seconds.append(start.elapsed_time(end) / 1e3 / len(steps))
     return seconds
 
 
