@@ -22,8 +22,8 @@ TINY = {
     "epochs": 2,
     "teacher_epochs": 1,
     "teacher_backbone": "slim18",
-    "teacher_channels": 64,
-    "student_channels": 32,
+    "teacher_channels": 96,
+    "student_channels": 64,
     "device": "cpu",
 }
 STEPS = 3  # per epoch
@@ -91,7 +91,7 @@ def test_student_checkpoint_loads_into_the_plain_model(finished, name):
     path = settings.output / f"{name}.pt"
     content = torch.load(path, weights_only=True)
     assert set(content) == {"model", "meta"}
-    plain = models.build_detector(models.DetectorConfig("fcos", "slim10", 32, 11, 64))
+    plain = models.build_detector(models.DetectorConfig("fcos", "slim10", 64, 11, 64))
     assert type(plain).__module__.startswith("torchvision.")
     plain.load_state_dict(content["model"], strict=True)
     trained = torch.load(settings.output / "checkpoints" / f"{name}.pt", weights_only=True)["model"]

@@ -32,6 +32,15 @@ def main(arguments: list[str] | None = None) -> None:
 def run(settings: Settings) -> dict[str, Any]:
     """Trains everything and writes ``report/`` and the checkpoints under ``settings.output``; returns the report."""
     start = time.perf_counter()
+    trainers, data = train_all(settings)
+    _save_students(settings, trainers)
+    report = write_report(settings.output / "report", settings, list(trainers.values()), data)
+    _say(settings, report, time.perf_counter() - start)
+    return report
+
+
+def train_all(settings: Settings) -> tuple[dict[str, Trainer], dict[str, Any]]:
+    """The trained runs by name, in their order, and a description of the data."""
     _prepare_output(settings)
     train_data, val_data, data = _data(settings)
     trainers: dict[str, Trainer] = {}
@@ -40,10 +49,7 @@ def run(settings: Settings) -> dict[str, Any]:
         checkpoint = settings.output / "checkpoints" / f"{planned.name}.pt"
         trainer = Trainer(planned, settings, train_data, val_data, teachers, checkpoint)
         trainers[planned.name] = trainer.train(settings.resume)
-    _save_students(settings, trainers)
-    report = write_report(settings.output / "report", settings, list(trainers.values()), val_data, data)
-    _say(settings, report, time.perf_counter() - start)
-    return report
+    return trainers, data
 
 
 def _prepare_output(settings: Settings) -> None:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from kdops.distill import Distiller
+from kdops import Distiller
 
 from .data import CocoFolder, steps_per_epoch, training_batches
-from .distillation import make_aligns, make_distiller
+from .distillation import align_layers, make_distiller, make_taps
 from .evaluate import evaluate
 from .files import save_checkpoint
 from .models import DetectorConfig, build_detector
@@ -94,10 +94,10 @@ class _PhaseTrainer:
         if self.phase.teacher is None:
             return None
         torch.manual_seed(self.settings.seed + 1 + self.number)  # the first weights of the align layers
-        self.trainer.aligns = aligns = make_aligns(self.settings)
+        taps = make_taps(self.settings)
+        self.trainer.aligns = align_layers(taps)
         teacher = self.trainer.teachers[self.phase.teacher]
-        made = make_distiller(self.model, teacher, aligns, self.settings, self.phase, self.steps)
-        return made.bind(self.optimizer)
+        return make_distiller(self.model, teacher, taps, self.phase, self.steps).bind(self.optimizer)
 
     def train(self, saved: dict[str, Any] | None) -> None:
         first = 0

@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from . import figures, page
 from .attention import agreement, level_maps
-from .data import CocoFolder
 from .engine import Trainer
 from .evaluate import detect
 from .files import write_json, write_text
@@ -28,9 +27,7 @@ SHOWN_CHANNELS = 5
 SHOWN_LEVEL = 0
 
 
-def write_report(
-    folder: Path, settings: Settings, trainers: list[Trainer], val_data: CocoFolder, data: dict[str, Any]
-) -> dict[str, Any]:
+def write_report(folder: Path, settings: Settings, trainers: list[Trainer], data: dict[str, Any]) -> dict[str, Any]:
     """Writes the folder and returns the content of its report.json; the index page comes last."""
     runs = {trainer.run.name: trainer for trainer in trainers}
     report = {
@@ -41,7 +38,7 @@ def write_report(
         "runs": {name: run_figures(trainer) for name, trainer in runs.items()},
         "pictures": [],
     }
-    pictures = _Pictures(folder, settings, runs, val_data)
+    pictures = _Pictures(folder, settings, runs)
     for draw in tqdm((pictures.curves, pictures.detections, pictures.attention, pictures.channels), desc="pictures"):
         report["pictures"].append(draw())
     report["attention_agreement"] = pictures.agreement
@@ -111,8 +108,9 @@ def _stages(history: dict[str, Any]) -> list[dict[str, Any]]:
 class _Pictures:
     """Draws into ``folder``; every method returns the picture's file name and caption."""
 
-    def __init__(self, folder: Path, settings: Settings, runs: dict[str, Trainer], val_data: CocoFolder):
-        self.folder, self.settings, self.runs, self.data = folder, settings, runs, val_data
+    def __init__(self, folder: Path, settings: Settings, runs: dict[str, Trainer]):
+        self.folder, self.settings, self.runs = folder, settings, runs
+        self.data = val_data = runs["distilled"].val_data
         self.device = settings.torch_device()
         self.shown = np.linspace(0, len(val_data) - 1, min(SHOWN_IMAGES, len(val_data))).astype(int).tolist()
         self.images = [val_data.load(index)[0] for index in self.shown]

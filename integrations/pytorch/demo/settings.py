@@ -11,7 +11,7 @@ import torch
 
 from .models import BACKBONES, MODELS
 
-LOSSES = ("cwd", "pkd")
+LOSSES = ("cwd", "pkd", "mgd")
 RECIPES = ("plain", "rtmdet", "damo", "mtpd")
 # What may differ between an interrupted run and the one that resumes it.
 FREE_ON_RESUME = ("resume", "workers", "output")
