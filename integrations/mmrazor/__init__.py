@@ -10,13 +10,15 @@ import_mmrazor()
 
 from .fuse import FuseReport, KDOpsDistiller, fuse  # noqa: E402
 from .hooks import KDOpsStopDistillHook, KDOpsTeacherEvalHook  # noqa: E402
-from .losses import KDOpsChannelWiseDivergence, KDOpsPKDLoss  # noqa: E402
+from .losses import KDOpsChannelWiseDivergence, KDOpsMGDConnector, KDOpsMGDLoss, KDOpsPKDLoss  # noqa: E402
 from .takeover import give_back, take_over  # noqa: E402
 
 __all__ = [
     "FuseReport",
     "KDOpsChannelWiseDivergence",
     "KDOpsDistiller",
+    "KDOpsMGDConnector",
+    "KDOpsMGDLoss",
     "KDOpsPKDLoss",
     "KDOpsStopDistillHook",
     "KDOpsTeacherEvalHook",

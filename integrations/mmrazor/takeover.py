@@ -9,11 +9,13 @@ from mmengine.registry import Registry
 from mmrazor.registry import HOOKS, MODELS
 
 from .hooks import KDOpsStopDistillHook
-from .losses import KDOpsChannelWiseDivergence, KDOpsPKDLoss
+from .losses import KDOpsChannelWiseDivergence, KDOpsMGDConnector, KDOpsMGDLoss, KDOpsPKDLoss
 
 STOCK_NAMES: dict[str, tuple[Registry, type]] = {
     "ChannelWiseDivergence": (MODELS, KDOpsChannelWiseDivergence),
     "PKDLoss": (MODELS, KDOpsPKDLoss),
+    "MGDLoss": (MODELS, KDOpsMGDLoss),
+    "MGDConnector": (MODELS, KDOpsMGDConnector),
     "StopDistillHook": (HOOKS, KDOpsStopDistillHook),
 }
 _replaced: dict[str, type] = {}

@@ -7,7 +7,7 @@ So the full learning rate is compared in float64, where what is left of that is 
 from __future__ import annotations
 
 import pytest
-import rtmdet
+import recipes
 import torch
 
 from kdops.integrations.mmrazor import fuse, give_back, take_over
@@ -18,13 +18,13 @@ CONNECTORS = [f"distiller.connectors.fpn{i}_s.conv_module.conv.weight" for i in 
 
 
 def stock(cfg):
-    return rtmdet.build(cfg.model)
+    return recipes.build(cfg.model)
 
 
 def taken_over(cfg):
     take_over()
     try:
-        model = rtmdet.build(cfg.model)
+        model = recipes.build(cfg.model)
     finally:
         give_back()
     assert {type(loss).__name__ for loss in model.distiller.distill_losses.values()} == {"KDOpsChannelWiseDivergence"}
@@ -34,7 +34,7 @@ def taken_over(cfg):
 def fused(cfg):
     cfg, report = fuse(cfg)
     assert report.fused == ["loss_fpn0", "loss_fpn1", "loss_fpn2"] and not report.left
-    model = rtmdet.build(cfg.model)
+    model = recipes.build(cfg.model)
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.distiller.modules())
     return model
 
@@ -59,32 +59,32 @@ def assert_same(model, logs, expected_model, expected_logs, tolerance):
             parameter, expected[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("pair", rtmdet.PAIRS)
+@pytest.mark.parametrize("pair", recipes.PAIRS)
 def test_first_steps_of_the_recipe(pair):
-    cfg = rtmdet.stock_config(pair)
+    cfg = recipes.stock_config(pair)
     expected_model = stock(cfg)
-    expected_gradients = rtmdet.gradients(expected_model, SIZE)
-    expected_logs = rtmdet.train(expected_model, cfg, SIZE)
+    expected_gradients = recipes.gradients(expected_model, SIZE)
+    expected_logs = recipes.train(expected_model, cfg, SIZE)
     for build in (taken_over, fused):
         model = build(cfg)
-        gradients = rtmdet.gradients(model, SIZE)
+        gradients = recipes.gradients(model, SIZE)
         assert set(gradients) == set(expected_gradients)
         for name in CONNECTORS:
             error = (gradients[name] - expected_gradients[name]).norm() / expected_gradients[name].norm()
             assert error <= 1e-5, f"gradient of {name}: relative error {error:.2e}"
-        logs = rtmdet.train(model, cfg, SIZE)
+        logs = recipes.train(model, cfg, SIZE)
         assert_same(model, logs, expected_model, expected_logs, tolerance=1e-5)
 
 
-@pytest.mark.parametrize("pair", rtmdet.PAIRS[:2])
+@pytest.mark.parametrize("pair", recipes.PAIRS[:2])
 def test_full_learning_rate(pair):
-    cfg = rtmdet.stock_config(pair)
+    cfg = recipes.stock_config(pair)
     expected_model = stock(cfg).double()
     before = snapshot(expected_model)
-    expected_logs = rtmdet.train(expected_model, cfg, SIZE, warm_up=False)
+    expected_logs = recipes.train(expected_model, cfg, SIZE, warm_up=False)
     for build in (taken_over, fused):
         model = build(cfg).double()
-        logs = rtmdet.train(model, cfg, SIZE, warm_up=False)
+        logs = recipes.train(model, cfg, SIZE, warm_up=False)
         assert_same(model, logs, expected_model, expected_logs, tolerance=1e-8)
     for name in CONNECTORS:
         moved = (snapshot(expected_model)[name] - before[name]).abs().max()

@@ -31,9 +31,9 @@ def drop_downloads(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def build(model_cfg: dict, seed: int = 0) -> torch.nn.Module:
+def build(model_cfg: dict, seed: int = 0, scope: str = "mmyolo") -> torch.nn.Module:
     set_random_seed(seed)
-    with DefaultScope.overwrite_default_scope("mmyolo"):
+    with DefaultScope.overwrite_default_scope(scope):
         model = drop_downloads(MODELS.build(copy.deepcopy(model_cfg)))
         model.init_weights()
     model.train()  # MMRazor's returns None
