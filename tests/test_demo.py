@@ -160,3 +160,22 @@ def test_command_line_refuses(arguments, message, capsys):
     with pytest.raises(SystemExit):
         parse(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_own_data_trains(finished, tmp_path):
+    """The composed folder serves as somebody's own."""
+    settings, _ = finished
+    (own,) = (settings.output / "data").iterdir()
+    options = {**TINY, "epochs": 1, "model": "retinanet", "image_size": 96, "workers": 1, "flip": 0.5}
+    trainers, described = cli.train_all(Settings(**options, data=own, output=tmp_path / "out"))
+    assert described["source"] == str(own) and described["train"]["images"] == 12
+    assert not (tmp_path / "out" / "data").exists()
+    assert len(trainers["distilled"].history["steps"]["distillation"]) == STEPS
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(finished, tmp_path):
+    settings, _ = finished
+    (own,) = (settings.output / "data").iterdir()
+    with pytest.raises(FloatingPointError, match="losses of teacher were not finite in epoch 1"):
+        cli.train_all(Settings(**{**TINY, "lr": float("inf")}, data=own, output=tmp_path / "out"))
+    assert not (tmp_path / "out" / "checkpoints").exists()

@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = parse(arguments)
     try:
         run(settings)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
         sys.exit(f"demo: {error}")
 
 

@@ -37,8 +37,8 @@ class CocoFolder(Dataset):
         self.category_ids = sorted(self.coco.getCatIds())
         self._label_of = {category: label for label, category in enumerate(self.category_ids, start=1)}
         self.image_ids = sorted(self.coco.getImgIds())
-        if not self.image_ids:
-            raise ValueError(f"{self.annotation_file}: no images")
+        if not self.coco.anns:
+            raise ValueError(f"{self.annotation_file} holds no objects")
         self._keep = len(self.image_ids) * image_size**2 * 3 <= CACHE_BYTES
         self._cache: dict[int, Sample] = {}
 

@@ -137,10 +137,15 @@ class _PhaseTrainer:
             losses.append(self._step(*batch))
             busy += time.perf_counter() - begin
             if step % SHOWN_EVERY == 0:
-                bar.set_postfix_str(", ".join(f"{v:.3f}" for v in losses[-1].tolist()))
+                bar.set_postfix(dict(zip(("detection", "distillation"), losses[-1].tolist())))
         begin = time.perf_counter()
         values = torch.stack(losses).tolist()  # waits for the device, so it belongs to the steps' time
         busy += time.perf_counter() - begin
+        if not all(math.isfinite(value) for row in values for value in row):
+            raise FloatingPointError(
+                f"the losses of {self.trainer.run.name} were not finite in epoch {epoch + 1}; "
+                "a lower --lr, or --amp off, may help"
+            )
         self._record(stage, epoch, values, rates, busy, time.perf_counter() - start)
 
     def _step(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
@@ -204,8 +209,6 @@ class _PhaseTrainer:
             batch_size=self.settings.batch_size,
             name=trainer.run.name,
         )
-        if not all(math.isfinite(v) for v in trainer.history["steps"]["detection"][-self.steps_per_epoch :]):
-            tqdm.write(f"{trainer.run.name}: the loss is not finite; a lower --lr or --amp off may help")
         tqdm.write(f"{trainer.run.name}, {stage}, epoch {done}/{self.phase.epochs}: AP {figures['AP']:.1f}")
         where = {"phase": self.number, "stage": stage, "epoch": done, "epochs_trained": self.epochs_before + done}
         trainer.history["evaluations"].append({**where, "stage_ends": ends, **figures})
