@@ -66,7 +66,9 @@ class _Generate(torch.autograd.Function):
     """generate() as one node."""
 
     @staticmethod
-    def forward(ctx: Any, mask: Mask, student: Tensor, keep: Tensor | None, seed: Tensor | None, *parameters: Any) -> Tensor:
+    def forward(
+        ctx: Any, mask: Mask, student: Tensor, keep: Tensor | None, seed: Tensor | None, *parameters: Any
+    ) -> Tensor:
         p = Parameters(*parameters)
         hidden = path(student, p, mask).hidden(student, p, mask)
         ctx.mask = mask.without_tensors()

@@ -71,6 +71,8 @@ def masked_generation(
     _check_parameters(name, parameters)
     _checks.choice(name, "backend", backend, _checks.BACKENDS)
     lambda_mgd = _mask.check_lambda(name, lambda_mgd)
+    _checks.single_map(name, "student", student)
+    check_agreement(name, student, parameters)
     source = mask_source(name, student, parameters, lambda_mgd, mask_on_channel, mask, seed, generator)
     if _op.resolve(name, backend, student.device) == "reference":
         return _generation.compose(student, parameters, source.positions_ref())
@@ -88,7 +90,6 @@ def mask_source(
     generator: torch.Generator | None,
 ) -> _mask.Mask:
     """The mask that the arguments ask for."""
-    _checks.single_map(name, "student", student)
     shape = _mask.shape_of(student, on_channel, parameters.weight1.shape[1])
     if mask is not None:
         _mask.check_mask(name, mask, shape, student.device)
@@ -99,6 +100,24 @@ def mask_source(
     else:
         _mask.check_seed(name, seed, student.device)
     return _mask.Mask(None, seed, shape, on_channel, lambda_mgd)
+
+
+def check_agreement(name: str, student: Tensor, parameters: Parameters) -> None:
+    """Refuse a map whose width, dtype or device the parameters do not fit."""
+    p = parameters
+    width = (p.weight1 if p.align_weight is None else p.align_weight).shape[1]
+    if student.shape[1] != width:
+        raise ValueError(f"{name}: student must have the parameters' {width} channels, got {student.shape[1]}")
+    if p.weight1.device != student.device:
+        raise ValueError(
+            f"{name}: student and parameters must be on the same device, got {student.device} and {p.weight1.device}"
+        )
+    autocast = torch.is_autocast_enabled(student.device.type) and student.dtype != torch.float64
+    if p.weight1.dtype != student.dtype and not autocast:
+        raise TypeError(
+            f"{name}: student and parameters must have the same dtype outside torch.autocast, "
+            f"got {student.dtype} and {p.weight1.dtype}"
+        )
 
 
 class MaskedGeneration(nn.Module):

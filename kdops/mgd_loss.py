@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kdops import _checks, _generation, _norm, _op
-from kdops.masked_generation import MaskedGeneration, mask_source
+from kdops.masked_generation import MaskedGeneration, check_agreement, mask_source
 
 __all__ = ["MGDLoss", "mgd_loss", "mgd_loss_ref"]
 
@@ -53,8 +53,8 @@ def mgd_loss(generated: Tensor, teacher: Tensor, *, alpha_mgd: float = 2e-5, bac
     """
     name = "mgd_loss"
     _checks.choice(name, "backend", backend, _checks.BACKENDS)
-    generated_maps, teacher_maps, _ = _checks.levels(name, generated, teacher)
-    _checks.maps(name, generated_maps, teacher_maps, None)
+    _checks.single_map(name, "generated", generated)
+    _checks.maps(name, [generated], [teacher], None)
     alpha_mgd = _checks.number(name, "alpha_mgd", alpha_mgd)
     if _op.resolve(name, backend, generated.device) == "reference":
         return mgd_loss_ref(generated, teacher, alpha_mgd)
@@ -119,6 +119,7 @@ class MGDLoss(MaskedGeneration):
         self.check_student(preds_S, "preds_S")
         self._check_teacher(preds_S, preds_T)
         p = self.parameters_of_chain()
+        check_agreement(name, preds_S, p)
         source = mask_source(name, preds_S, p, self.lambda_mgd, self.mask_on_channel, mask, None, generator)
         if _op.resolve(name, self.backend, preds_S.device) == "reference":
             generated = _generation.compose(preds_S, p, source.positions_ref())

@@ -5,6 +5,7 @@ A new loss is one entry in `LOSSES`; every test and benchmark that goes over the
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kdops.cwd_loss import cwd_loss
+from kdops.mgd_loss import MGDLoss
 from kdops.pkd_loss import pkd_loss
 
 #: Options of every loss that its cases go over.
@@ -94,6 +96,74 @@ class Case:
         values = as_list(value)
         weights = [torch.ones_like(v) for v in values] if weights is None else [w.double() for w in as_list(weights)]
         return [v.detach() for v in values], list(torch.autograd.grad(values, wide_student, weights))
+
+
+@dataclass(frozen=True)
+class MGDCase:
+    """One step of MGDLoss: widths, sizes, mask, dtype and layout; the mask is drawn from a seed or given."""
+
+    student_channels: int
+    teacher_channels: int
+    size: tuple[int, int, int]  # N, H, W
+    lambda_mgd: float = 0.65
+    mask_on_channel: bool = False
+    dtype: torch.dtype = torch.float32
+    layout: str = "nchw"
+    teacher_layout: str = "nchw"
+    explicit: bool = False
+
+    def __str__(self) -> str:
+        kind = f"{_short(self.dtype)}.{self.layout}-{self.teacher_layout}"
+        mask = f"{'channel' if self.mask_on_channel else 'spatial'}{self.lambda_mgd:g}{'given' if self.explicit else ''}"
+        size = "x".join(map(str, self.size))
+        return f"mgd-{self.student_channels}to{self.teacher_channels}-{size}-{mask}-{kind}"
+
+    def step(self, device: str | torch.device = "cpu", seed: int = 0) -> MGDStep:
+        """Fresh maps, parameters and a mask."""
+        generator = torch.Generator().manual_seed(seed)
+        n, h, w = self.size
+        student = torch.randn(n, self.student_channels, h, w, generator=generator).to(self.dtype)
+        teacher = torch.randn(n, self.teacher_channels, h, w, generator=generator).to(self.dtype)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            module = MGDLoss(
+                self.student_channels,
+                self.teacher_channels,
+                alpha_mgd=2e-3,
+                lambda_mgd=self.lambda_mgd,
+                mask_on_channel=self.mask_on_channel,
+                backend="fused",
+            )
+        module = module.to(device=device, dtype=self.dtype)
+        shape = (n, self.teacher_channels, 1, 1) if self.mask_on_channel else (n, 1, h, w)
+        keep = torch.rand(shape, generator=generator) >= self.lambda_mgd
+        return MGDStep(
+            module,
+            laid_out(student.to(device), self.layout).requires_grad_(),
+            laid_out(teacher.to(device), self.teacher_layout),
+            keep.to(device) if self.explicit else None,
+        )
+
+
+@dataclass
+class MGDStep:
+    """The inputs of one step, and what comes out of it."""
+
+    module: MGDLoss
+    student: Tensor
+    teacher: Tensor
+    mask: Tensor | None
+
+    def run(self, weight: float = 1.5) -> list[Tensor]:
+        """The loss, and the gradients of weight * loss: the student's, then the parameters'."""
+        loss = self.module(self.student, self.teacher, self.mask)
+        return [loss.detach(), *torch.autograd.grad(weight * loss, [self.student, *self.module.parameters()])]
+
+    def eager(self, dtype: torch.dtype, keep: Tensor) -> MGDStep:
+        """The same step by the eager formula in a dtype, with a mask."""
+        module = copy.deepcopy(self.module).to(dtype)
+        module.backend = "reference"
+        return MGDStep(module, self.student.detach().to(dtype).requires_grad_(), self.teacher.to(dtype), keep)
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
