@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not options.only:
         rows += _stamped(stamp, _host_rows(device, options.seconds), _first_call_rows(device))
         table.write(path, rows)
-    print(report.write(path))
+    _print_tables(report.write(path))
     wrong = [r for r in rows if r["mode"] == DISAGREES]
     for row in wrong:
         print(f"{row['provider']} disagrees with the fp64 oracle on {row['shape']} {row['dtype']}: no time is reported")
@@ -53,8 +53,13 @@ def main(arguments: list[str] | None = None) -> int:
 def _run_step(device: str, options: argparse.Namespace) -> int:
     path = _path(device, "step", options)
     table.write(path, _stamped(table.stamp(device), _step_rows(device, options.seconds)))
-    print(report.write(path))
+    _print_tables(report.write(path))
     return 0
+
+
+def _print_tables(text: str) -> None:
+    """The report without the details of each workload."""
+    print(text.split("\n### ")[0])
 
 
 def _path(device: str, name: str, options: argparse.Namespace) -> Path:
@@ -106,10 +111,13 @@ def _copy_row(device: str, seconds: float) -> Iterator[table.Row]:
 
 
 def _host_rows(device: str, seconds: float) -> Iterator[table.Row]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # a pool of threads has nothing to do on so small a map, and its barriers are no host cost
     for loss in testing.LOSSES:
         case = shapes.workload(loss, host.SHAPE)
         for (name, mode), quantiles in host.measure(case, device, seconds).items():
             yield {**_describe(case, name), "mode": f"{timing.HOST}, {mode}", **_time_columns(quantiles)}
+    torch.set_num_threads(threads)
 
 
 def _first_call_rows(device: str) -> Iterator[table.Row]:

@@ -7,7 +7,7 @@ import math
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -58,37 +58,25 @@ def quantiles(seconds: list[float]) -> Quantiles:
 
 def interleaved(steps: dict[str, Step], seconds: float, device: str) -> Samples:
     """Time all steps in turn, in a new random order each time, for about ``seconds`` together."""
-    warm = {name: _warm_up(step, device) for name, step in steps.items()}
-    repeats = {name: max(1, min(100, math.ceil(SHORTEST_SAMPLE / t))) for name, t in warm.items()}
-    rounds = seconds / sum(warm[name] * repeats[name] for name in steps)
-    rounds = max(FEWEST, min(MOST, int(rounds)))
+    repeats = _repeats(steps, device)
     samples: Samples = {name: defaultdict(list) for name in steps}
-    order, shuffle = list(steps), random.Random(0).shuffle
     measure = _cpu_sample if device == "cpu" else _DeviceClock()
-    with _no_collector():
-        for _ in range(rounds):
-            shuffle(order)
-            for name in order:
-                for mode, value in measure(steps[name], repeats[name]).items():
-                    samples[name][mode].append(value)
+    for name in _in_turn(list(steps), seconds):
+        for mode, value in measure(steps[name], repeats[name]).items():
+            samples[name][mode].append(value)
     return samples
 
 
 def calls(functions: dict[str, Callable[[], Any]], seconds: float, device: str) -> dict[str, Quantiles]:
     """Host time of plain calls, interleaved; a GPU's queue is drained between samples, outside the clock."""
-    repeats = {name: max(1, math.ceil(SHORTEST_SAMPLE / _warm_up(f, device))) for name, f in functions.items()}
-    rounds = max(FEWEST, int(seconds / (len(functions) * SHORTEST_SAMPLE)))
+    repeats = _repeats(functions, device)
     samples: dict[str, list[float]] = defaultdict(list)
-    order, shuffle = list(functions), random.Random(0).shuffle
-    with _no_collector():
-        for _ in range(rounds):
-            shuffle(order)
-            for name in order:
-                synchronise(device)
-                start = time.perf_counter()
-                for _ in range(repeats[name]):
-                    functions[name]()
-                samples[name].append((time.perf_counter() - start) / repeats[name])
+    for name in _in_turn(list(functions), seconds):
+        synchronise(device)
+        start = time.perf_counter()
+        for _ in range(repeats[name]):
+            functions[name]()
+        samples[name].append((time.perf_counter() - start) / repeats[name])
     return {name: quantiles(values) for name, values in samples.items()}
 
 
@@ -166,6 +154,22 @@ class _DeviceClock:
         if step.students is None:
             return {PASS: forward}
         return {FORWARD: forward, BACKWARD: backward, BOTH: start.elapsed_time(end) / 1e3}
+
+
+def _in_turn(names: list[str], seconds: float) -> Iterator[str]:
+    """The names round by round, each round in a new random order, until the time is over."""
+    order, shuffle = list(names), random.Random(0).shuffle
+    end = time.perf_counter() + seconds
+    with _no_collector():
+        for done in range(MOST):
+            if done >= FEWEST and time.perf_counter() > end:
+                return
+            shuffle(order)
+            yield from order
+
+
+def _repeats(functions: Mapping[str, Callable[[], Any]], device: str) -> dict[str, int]:
+    return {name: max(1, math.ceil(SHORTEST_SAMPLE / _warm_up(f, device))) for name, f in functions.items()}
 
 
 def _event() -> torch.cuda.Event:
