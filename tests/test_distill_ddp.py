@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.multiprocessing as mp
 from distill_networks import LAYERS, Detector, images, targets
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from kdops import CWDLoss, MGDLoss
 from kdops.distill import (
@@ -27,7 +29,7 @@ from kdops.distill import (
 )
 
 STEPS, STOP, RANKS = 6, 4, 2
-FORMS = ("wrapper", "accumulation", "own", "student", "static", "progressive")
+FORMS = ("wrapper", "accumulation", "own", "student", "static", "progressive", "checkpointing", "compiled")
 
 
 class _Own(nn.Module):
@@ -93,7 +95,12 @@ def _whole_batch(form: str) -> dict[str, Tensor]:
 
 def _call(form: str, model: DistilledStudent) -> Callable[[Tensor, Tensor], DistilledOutput]:
     """The ways to train in parallel: our wrapper, a module of one's own, the student alone."""
-    if form in ("wrapper", "accumulation", "static", "progressive"):
+    if form == "checkpointing":
+        neck = model.student.neck
+        neck.forward = functools.partial(checkpoint, neck.forward, use_reentrant=False)
+    if form == "compiled":
+        model.student.compile(backend="aot_eager")
+    if form not in ("own", "student"):
         return DistributedDataParallel(model, static_graph=form == "static")
     if form == "own":
         own = _Own(model.distiller)

@@ -259,7 +259,7 @@ def test_module_teachers_of_later_stages_are_moved_to_the_student():
     distiller.bind(torch.optim.SGD(student.parameters(), lr=0.1))
     distiller.step()
     assert distiller.teacher is later and isinstance(distiller.distiller, Distiller)
-    assert all(stage.teacher is None for stage in distiller._stages[:1])
+    assert distiller._stages[0] is None
 
 
 @pytest.mark.parametrize(
@@ -288,6 +288,8 @@ def test_module_teachers_of_later_stages_are_moved_to_the_student():
             ValueError,
             "student has no layer 'nekc'; did you mean 'neck'",
         ),
+        (lambda: [Stage("r101.pth", _taps(8))], TypeError, "Stage: teacher must be a module or a function, got str"),
+        (lambda: [Stage(Detector(8), _taps(8), weight="1")], TypeError, "Stage: weight must be a number, got str"),
         (lambda: [Stage(Detector(8), [], epochs=1)], ValueError, "taps must name at least one pair"),
     ],
 )

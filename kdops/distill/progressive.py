@@ -16,7 +16,7 @@ from kdops.distill import _optimizer
 from kdops.distill._arguments import check_arguments
 from kdops.distill._copying import copy_sharing
 from kdops.distill.distiller import Distiller, DistillLoss
-from kdops.distill.schedules import WeightSchedule
+from kdops.distill.schedules import WeightSchedule, as_schedule
 from kdops.distill.taps import Tap, find_layer, unwrap
 
 __all__ = ["ProgressiveDistillation", "Stage"]
@@ -36,11 +36,16 @@ class Stage:
         weight: factor of the stage's terms, a number or a schedule that counts from the stage's beginning.
     """
 
-    teacher: nn.Module | Callable[[], nn.Module] | None
+    teacher: nn.Module | Callable[[], nn.Module]
     taps: Sequence[Tap]
     epochs: int | None = None
     steps: int | None = None
     weight: float | WeightSchedule | Callable[[int, int], float] = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.teacher, nn.Module) and not callable(self.teacher):
+            raise TypeError(f"Stage: teacher must be a module or a function, got {type(self.teacher).__name__}")
+        object.__setattr__(self, "weight", as_schedule("Stage", self.weight))
 
     @property
     def length(self) -> int | None:
@@ -98,7 +103,7 @@ class ProgressiveDistillation(nn.Module):
             check_arguments(student, stage.taps, run_teacher, None)
             for tap in stage.taps:
                 find_layer("ProgressiveDistillation: student", unwrap(student), tap.places[0])
-        self._stages = list(stages)
+        self._stages: list[Stage | None] = list(stages)  # None once a stage is over
         self._student = (unwrap(student),)
         self._options = {"run_teacher": run_teacher, "split_terms": split_terms}
         self._on_stage = on_stage
@@ -229,7 +234,7 @@ class ProgressiveDistillation(nn.Module):
         old = list(self.distiller.taps.parameters())
         self.distiller.close()
         for index in range(previous, self._stage):
-            self._stages[index] = replace(self._stages[index], teacher=None)
+            self._stages[index] = None
         gc.collect()  # the old teacher's memory must be there for the next one
         self.distiller = self._begin(self._stage)
         new = list(self.distiller.taps.parameters())
