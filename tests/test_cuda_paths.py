@@ -8,6 +8,7 @@ import torch
 
 from kdops import testing
 
+PATHS = (host.BLOCK, host.CLUSTER, host.WAVES, host.CHANNELS_LAST)
 CHANNEL_PATHS = (host.BLOCK, host.CLUSTER, host.WAVES)
 POSITIONS_CONTIGUOUS = ("nchw", "channel_slice", "expanded")
 
@@ -25,6 +26,11 @@ def shim(built):
     return built
 
 
+def layouts(path: int) -> dict:
+    layout = "channels_last" if path == host.CHANNELS_LAST else "nchw"
+    return {"student_layout": layout, "teacher_layout": layout}
+
+
 def covered(case: testing.Case, layouts: tuple) -> bool:
     same = case.student_dtype == case.teacher_dtype != torch.float64
     return same and case.student_layout in layouts and case.teacher_layout in layouts
@@ -34,6 +40,21 @@ def covered(case: testing.Case, layouts: tuple) -> bool:
 @pytest.mark.parametrize("case", [c for c in testing.cases() if covered(c, POSITIONS_CONTIGUOUS)], ids=str)
 def test_channels(case, path, shim, poisoned):
     host.check(shim.ops, case, path)
+
+
+@pytest.mark.parametrize("case", [c for c in testing.cases() if covered(c, ("channels_last",))], ids=str)
+def test_channels_last(case, shim, poisoned):
+    host.check(shim.ops, case, host.CHANNELS_LAST)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("loss", testing.LOSSES)
+@pytest.mark.parametrize("shapes", [((2, 130, 9, 11), (3, 64, 5, 5)), ((1, 67, 40, 40),)])
+def test_channels_last_blocks(loss, shapes, dtype, shim, poisoned):
+    """More channels than a warp has, and rows in several pieces."""
+    for options in testing.LOSSES[loss][1]:
+        case = testing.Case(loss, options, shapes, dtype, dtype, "channels_last", "channels_last")
+        host.check(shim.ops, case, host.CHANNELS_LAST)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -59,12 +80,12 @@ def test_cluster_sizes(loss, shape, dtype, shim, poisoned):
     assert seen == {2, 4, 8, 16}
 
 
-@pytest.mark.parametrize("path", CHANNEL_PATHS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("loss", testing.LOSSES)
 def test_any_order_of_threads_gives_the_same_bits(loss, path, shim, poisoned):
     """A missing barrier shows as another result in some order."""
     shim.device(multiprocessors=3, shared=24 << 10)
-    case = testing.Case(loss, testing.LOSSES[loss][1][-1], ((3, 4, 31, 33), (3, 5, 8, 8)), torch.bfloat16, torch.bfloat16)
+    case = testing.Case(loss, testing.LOSSES[loss][1][-1], ((3, 4, 31, 33), (3, 5, 8, 8)), *[torch.bfloat16] * 2, **layouts(path))
     student, teacher = case.inputs()
     runs = []
     for seed in range(6):
@@ -85,13 +106,15 @@ BYTES = {
     ("pkd_loss", host.BLOCK): (4, 6, 6),
     ("pkd_loss", host.CLUSTER): (4, 6, 6),
     ("pkd_loss", host.WAVES): (4, 10, 6),
+    ("cwd_loss", host.CHANNELS_LAST): (8, 14, 6),
+    ("pkd_loss", host.CHANNELS_LAST): (4, 10, 6),
 }
 
 
 @pytest.mark.parametrize("shapes", [((2, 3, 40, 40),), ((3, 4, 13, 19), (3, 2, 25, 38))])
 @pytest.mark.parametrize(("loss", "path"), BYTES)
 def test_bytes(loss, path, shapes, shim):
-    case = testing.Case(loss, testing.LOSSES[loss][1][-1], shapes, torch.bfloat16, torch.bfloat16)
+    case = testing.Case(loss, testing.LOSSES[loss][1][-1], shapes, *[torch.bfloat16] * 2, **layouts(path))
     student, teacher = case.inputs()
     elements = sum(s.numel() for s in testing.as_list(student))
 
@@ -107,13 +130,13 @@ def test_bytes(loss, path, shapes, shim):
     assert (forward, with_gradient, backward) == BYTES[loss, path]
 
 
-@pytest.mark.parametrize("path", CHANNEL_PATHS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("loss", testing.LOSSES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["student", "teacher"])
 def test_nan_and_inf(loss, path, bad, where, shim):
     for options in testing.LOSSES[loss][1]:
-        case = testing.Case(loss, options, testing.SHAPES["odd"])
+        case = testing.Case(loss, options, testing.SHAPES["odd"], **layouts(path))
         student, teacher = case.inputs()
         with torch.no_grad():
             (student if where == "student" else teacher)[1, 2, 3, 4] = bad
@@ -123,11 +146,11 @@ def test_nan_and_inf(loss, path, bad, where, shim):
         assert torch.isnan(value) or not torch.isnan(eager)
 
 
-@pytest.mark.parametrize("path", CHANNEL_PATHS)
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("loss", testing.LOSSES)
 def test_constant_channel(loss, path, shim):
     for options in testing.LOSSES[loss][1]:
-        case = testing.Case(loss, options, testing.SHAPES["odd"])
+        case = testing.Case(loss, options, testing.SHAPES["odd"], **layouts(path))
         student, teacher = case.inputs()
         with torch.no_grad():
             student[:, 3], teacher[:, 4] = 0.7, -1.3
@@ -137,12 +160,12 @@ def test_constant_channel(loss, path, shim):
         assert testing.relative_error(gradient, expected) < 1e-5
 
 
-@pytest.mark.parametrize("path", CHANNEL_PATHS)
+@pytest.mark.parametrize("path", PATHS)
 def test_large_mean(path, shim, poisoned):
     """A mean of 333, where E[x^2] - E[x]^2 is off by a hundredth."""
     rounding = 2.0**-16 / 0.5  # of the mean itself, kept in fp32, in the smallest deviation of these maps
     for loss, (_, variants) in testing.LOSSES.items():
-        case = testing.Case(loss, variants[-1], ((2, 4, 40, 60),), mean=333.0)
+        case = testing.Case(loss, variants[-1], ((2, 4, 40, 60),), mean=333.0, **layouts(path))
         student, teacher = case.inputs()
         value, _, (gradient,) = host.forward(shim.ops, case, student, teacher, path, host.GRADS)
         values, (expected,) = host.oracle(case, student, teacher, torch.ones(()))
@@ -165,6 +188,8 @@ def test_refusals(shim):
     assert "positions of a row" in refusal(host.WAVES, teacher_layout="channels_last")
     assert "height and width" in refusal(host.BLOCK, student_layout="crop")
     assert "underflow" in refusal(host.BLOCK, student_dtype=torch.float16, teacher_dtype=torch.float16)
+    assert "not channels_last" in refusal(host.CHANNELS_LAST)
+    assert "height and width" in refusal(host.CHANNELS_LAST, student_layout="channels_last_crop")
     shim.device(shared=2 << 10)
     assert "bytes on chip" in refusal(host.BLOCK)
     assert "no cluster" in refusal(host.CLUSTER)

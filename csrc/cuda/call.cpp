@@ -45,6 +45,11 @@ bool alike(const Map& a, const Map& b, int64_t element_bytes, int64_t pack) {
   return phase(a) == phase(b) && (a.stride_n - b.stride_n) % pack == 0 && (a.stride_c - b.stride_c) % pack == 0;
 }
 
+// Two neighbouring channels can be read at once.
+bool in_pairs(const Map& m, int64_t element_bytes) {
+  return reinterpret_cast<uintptr_t>(m.data) % (2 * element_bytes) == 0 && m.stride_n % 2 == 0 && m.stride_p % 2 == 0;
+}
+
 }  // namespace
 
 Level Call::level_of(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor* grad, Path path) const {
@@ -55,7 +60,12 @@ Level Call::level_of(const at::Tensor& student, const at::Tensor& teacher, const
   level.batch = static_cast<int>(student.size(0)), level.channels = static_cast<int>(student.size(1));
   level.positions = static_cast<int>(student.size(2) * student.size(3));
   level.first_row = rows, level.first_channel = channels;
-  const int64_t bytes = student.element_size(), pack = 16 / bytes;
+  const int64_t bytes = student.element_size();
+  if (path == kChannelsLast) {
+    level.aligned = in_pairs(level.student, bytes) && in_pairs(level.teacher, bytes) && in_pairs(level.grad, bytes);
+    return level;
+  }
+  const int64_t pack = 16 / bytes;
   level.aligned = alike(level.student, level.teacher, bytes, pack) && alike(level.student, level.grad, bytes, pack);
   return level;
 }

@@ -6,11 +6,10 @@
 // long as the channels under way fit into it.
 #pragma once
 
+#include "cwd_math.h"
 #include "group.h"
 
 namespace kdops::cuda {
-
-constexpr float kLog2E = 1.4426950408889634f;
 
 // Partial results of a piece, and what a block knows about each image of its channel.
 enum CwdPart { kPartMeanS, kPartM2S, kPartMaxS, kPartMeanT, kPartM2T, kPartMaxT, kPartZS, kPartZT, kPartDivergence,
@@ -19,44 +18,6 @@ enum CwdImage { kImageMaxS, kImageMaxT, kImageA, kImageB, kImageDot, kCwdImages 
 constexpr int kMomentParts = kPartZS;
 enum CwdValue { kChannelMeanS, kChannelRS, kChannelRT, kChannelQS };
 
-// Sums of e_X = exp(k_X (x - max_X)) and of products with the distances from the maxima.
-struct SoftmaxSums {
-  float z_s = 0, z_t = 0, divergence = 0, s_under_s = 0, s_under_t = 0;
-};
-
-struct SoftmaxInputs {
-  float k_s, k_t, max_s, max_t;
-};
-
-template <int V>
-KDOPS_FN void add_softmax(SoftmaxSums& sums, const SoftmaxInputs& in, const float (&s)[V], const float (&t)[V]) {
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    const float ds = s[i] - in.max_s, dt = t[i] - in.max_t, ks = ds * in.k_s, kt = dt * in.k_t;
-    const float es = device::exp2(ks * kLog2E), et = device::exp2(kt * kLog2E);
-    sums.z_s += es;
-    sums.z_t += et;
-    sums.divergence += et * (kt - ks);
-    sums.s_under_s += es * ds;
-    sums.s_under_t += et * ds;
-  }
-}
-
-// dS = a e_S - b e_T - slope (s - mean)
-struct GradientInputs {
-  SoftmaxInputs in;
-  float a, b, slope, mean;
-};
-template <int V>
-KDOPS_FN void cwd_gradient(const GradientInputs& g, const float (&s)[V], const float (&t)[V], float (&out)[V]) {
-#pragma unroll
-  for (int i = 0; i < V; ++i) {
-    const float es = device::exp2((s[i] - g.in.max_s) * (g.in.k_s * kLog2E));
-    const float et = device::exp2((t[i] - g.in.max_t) * (g.in.k_t * kLog2E));
-    out[i] = (g.a * es - g.b * et) - g.slope * (s[i] - g.mean);
-  }
-}
-
 template <bool kOnChip, class T>
 KDOPS_FN void write_gradient(const Piece<T>& piece, const GradientInputs& g) {
   each_pack(piece, [&](auto width, int i) {
@@ -64,7 +25,8 @@ KDOPS_FN void write_gradient(const Piece<T>& piece, const GradientInputs& g) {
     float s[V], t[V], out[V];
     load<kOnChip, V>(piece.student + i, s);
     load<kOnChip, V>(piece.teacher + i, t);
-    cwd_gradient<V>(g, s, t, out);
+#pragma unroll
+    for (int j = 0; j < V; ++j) out[j] = gradient_of(g, s[j], t[j]);
     store<V>(piece.grad + i, out);
   });
 }
@@ -164,7 +126,8 @@ class CwdChannel {
         float s[V], t[V];
         load<kOnChip, V>(x.student + i, s);
         load<kOnChip, V>(x.teacher + i, t);
-        add_softmax<V>(sums, in, s, t);
+#pragma unroll
+        for (int j = 0; j < V; ++j) add_softmax(sums, in, s[j], t[j]);
       });
       const float z_s = warp_sum(sums.z_s), z_t = warp_sum(sums.z_t), divergence = warp_sum(sums.divergence);
       const float ss = warp_sum(sums.s_under_s), ts = warp_sum(sums.s_under_t);
@@ -188,18 +151,17 @@ class CwdChannel {
         sums.divergence += group_.get(kPartDivergence, i);
         sums.s_under_s += group_.get(kPartSS, i), sums.s_under_t += group_.get(kPartTS, i);
       }
-      const float dot = sums.s_under_s / sums.z_s - sums.s_under_t / sums.z_t;
+      const float dot = row_dot(sums);
       image(level, kImageA, n) = 1.0f / sums.z_s, image(level, kImageB, n) = 1.0f / sums.z_t;
       image(level, kImageDot, n) = dot;
       if (!group_.is_first()) continue;
-      const int64_t row = level.first_row + static_cast<int64_t>(n) * level.channels + c;
-      p_.losses[row] = level.loss_scale * (sums.divergence / sums.z_t + logf(sums.z_s / sums.z_t));
+      const CwdStats stats(p_, level, n, c);
+      p_.losses[stats.row] = level.loss_scale * row_divergence(sums);
       if (p_.stats == nullptr) continue;
-      const float stats[kCwdStats] = {channel[kChannelMeanS], channel[kChannelRS], channel[kChannelRT],
-                                      channel[kChannelQS], image(level, kImageMaxS, n), image(level, kImageMaxT, n),
-                                      sums.z_s, sums.z_t, dot};
-#pragma unroll
-      for (int f = 0; f < kCwdStats; ++f) p_.stats[f * p_.rows + row] = stats[f];
+      stats(kCwdMeanS) = channel[kChannelMeanS], stats(kCwdRS) = channel[kChannelRS];
+      stats(kCwdRT) = channel[kChannelRT], stats(kCwdQS) = channel[kChannelQS];
+      stats(kCwdMaxS) = image(level, kImageMaxS, n), stats(kCwdMaxT) = image(level, kImageMaxT, n);
+      stats(kCwdZS) = sums.z_s, stats(kCwdZT) = sums.z_t, stats(kCwdDot) = dot;
     }
     device::sync_block();
   }
@@ -230,32 +192,20 @@ KDOPS_KERNEL(kThreads, 2) cwd_channels(KDOPS_PARAMETER Problem p) {
 }
 
 // The gradient from saved statistics: one pass. A warp takes one piece of a row.
-KDOPS_FN float cwd_row_grad(const Problem& p, const Level& level, int64_t row) {
-  return p.grad_output == nullptr ? level.grad_scale : level.grad_scale * p.grad_output[row * p.grad_output_stride];
-}
-
 template <class T>
 KDOPS_KERNEL(kThreads, 4) cwd_backward(KDOPS_PARAMETER Problem p) {
   const int unit = device::block() / p.group, part = device::block() % p.group;
   const Level& level = level_of(p, unit);
-  const int c = unit - level.first_unit;
-  const auto stat = [&](int field, int n) {
-    return p.stats[field * p.rows + level.first_row + static_cast<int64_t>(n) * level.channels + c];
-  };
-  const auto row_grad = [&](int n) {
-    return cwd_row_grad(p, level, level.first_row + static_cast<int64_t>(n) * level.channels + c);
-  };
+  const int c = unit - level.first_unit, step = p.group * device::warps();
   float projection = 0;
-  for (int n = device::lane(); n < level.batch; n += kLanes) projection += row_grad(n) * stat(kCwdDot, n);
-  const float r = stat(kCwdRS, 0), slope = r * r * stat(kCwdQS, 0) * warp_sum(projection);
-  const int step = p.group * device::warps();
+  for (int n = device::lane(); n < level.batch; n += kLanes) {
+    const CwdStats stats(p, level, n, c);
+    projection += row_grad(p, level, stats.row) * stats(kCwdDot);
+  }
+  projection = warp_sum(projection);
   for (int i = part * device::warps() + device::warp(); i < level.batch * level.splits; i += step) {
     const auto x = piece_of<T>(level, c, i);
-    const int n = x.image;
-    const float outer = r * row_grad(n);
-    const GradientInputs g = {{r * p.inv_tau, stat(kCwdRT, n) * p.inv_tau, stat(kCwdMaxS, n), stat(kCwdMaxT, n)},
-                              outer / stat(kCwdZS, n), outer / stat(kCwdZT, n), slope, stat(kCwdMeanS, n)};
-    write_gradient<false>(x, g);
+    write_gradient<false>(x, saved_gradient(p, level, CwdStats(p, level, x.image, c), projection));
   }
 }
 

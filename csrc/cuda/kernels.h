@@ -19,7 +19,17 @@ struct LossKernels {
   int element_bytes;
 };
 
+// channels_last, in the order of their launches; a loss without softmax sums has neither `sums` nor `finish`.
+struct LaneKernels {
+  Kernel moments, merge, sums, finish;
+  Kernel gradient;
+  int parts;         // most partial results of a piece
+  int warp_results;  // most values of a warp and channel in shared memory
+};
+
 LossKernels cwd_kernels(Dtype dtype);
 LossKernels pkd_kernels(Dtype dtype);
+LaneKernels cwd_lane_kernels(Dtype dtype);
+LaneKernels pkd_lane_kernels(Dtype dtype);
 
 }  // namespace kdops::cuda

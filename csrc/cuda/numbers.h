@@ -10,6 +10,12 @@ struct Pack {
   T x[V];
 };
 
+// Positions of a piece.
+KDOPS_FN int length_of(const Level& level, int piece) {
+  const int left = level.positions - piece % level.splits * level.chunk;
+  return left < level.chunk ? left : level.chunk;
+}
+
 // From shared memory where a channel is on chip, else from global memory.
 template <bool kOnChip, int V, class T>
 KDOPS_FN void load(const T* p, float (&x)[V]) {

@@ -4,6 +4,7 @@
 #include <ATen/ops/sum.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <stdexcept>
 #include <string>
 #include <tuple>
@@ -40,6 +41,7 @@ struct Cwd {
   static constexpr const char* kName = "cwd_loss";
   static constexpr int64_t kStats = kCwdStats;
   static LossKernels kernels(Dtype dtype) { return cwd_kernels(dtype); }
+  static LaneKernels lane_kernels(Dtype dtype) { return cwd_lane_kernels(dtype); }
   static int64_t units(const Call& call) { return call.rows; }
   static void scale(Level& level, const Options& o) {
     const double rows = o.reduction == kMean ? double(level.batch) * level.channels : 1.0;
@@ -52,6 +54,7 @@ struct Pkd {
   static constexpr const char* kName = "pkd_loss";
   static constexpr int64_t kStats = kPkdStats;
   static LossKernels kernels(Dtype dtype) { return pkd_kernels(dtype); }
+  static LaneKernels lane_kernels(Dtype dtype) { return pkd_lane_kernels(dtype); }
   static int64_t units(const Call& call) { return call.channels; }
   static void scale(Level& level, const Options& o) {
     const double scale = o.loss_weight / (double(level.batch) * level.positions) /
@@ -66,20 +69,8 @@ void prepare(Call& call, const Options& options) {
   call.problem.rows = Loss::units(call);
 }
 
-template <class Loss>
-Outputs forward(at::TensorList student, at::TensorList teacher, const Options& options, int64_t save, Path path) {
-  const OnDevice device(student[0]);
-  const bool want_grads = save == kSaveGrads;
-  Call call(student, teacher, options, path, want_grads);
-  if (want_grads && options.reduction == kNone) throw std::invalid_argument("reduction none recomputes gradients");
-  // Entries are about tau / (N C H W): below fp16's smallest, before a GradScaler's factor reaches them.
-  if (want_grads && call.dtype == kFloat16) throw std::invalid_argument("fp16 gradients made in the forward underflow");
-  prepare<Loss>(call, options);
+void forward_channels(Call& call, const LossKernels& kernels, Path path, void* stream) {
   Problem& p = call.problem;
-  const LossKernels kernels = Loss::kernels(call.dtype);
-  const at::Tensor losses = call.empty({p.rows}), stats = call.empty({save == kSaveStats ? Loss::kStats : 0, p.rows});
-  p.losses = losses.data_ptr<float>();
-  if (save == kSaveStats) p.stats = stats.data_ptr<float>();
   const Launch launch = plan_channels(p, path, kernels);
   at::Tensor parts, arrivals;
   if (path == kWaves) {
@@ -89,7 +80,48 @@ Outputs forward(at::TensorList student, at::TensorList teacher, const Options& o
     p.parts = parts.data_ptr<float>();
     p.arrivals = reinterpret_cast<unsigned*>(arrivals.data_ptr<int>());
   }
-  run(path == kWaves ? kernels.in_waves : kernels.on_chip, launch, p, device.stream());
+  run(path == kWaves ? kernels.in_waves : kernels.on_chip, launch, p, stream);
+}
+
+void forward_lanes(Call& call, const LaneKernels& kernels, void* stream) {
+  Problem& p = call.problem;
+  const Launch over_pieces = plan_lanes(p, kernels);
+  const at::Tensor parts = call.empty({kernels.parts * p.part_count});
+  p.parts = parts.data_ptr<float>();
+  int64_t most_channels = 0, most_rows = 0;
+  for (int i = 0; i < p.levels; ++i) {
+    most_channels = std::max<int64_t>(most_channels, p.level[i].channels);
+    most_rows = std::max(most_rows, int64_t(p.level[i].batch) * p.level[i].channels);
+  }
+  run(kernels.moments, over_pieces, p, stream);
+  run(kernels.merge, per_level(p, static_cast<int>((most_channels + kLanes - 1) / kLanes), kernels), p, stream);
+  if (kernels.sums) {
+    run(kernels.sums, over_pieces, p, stream);
+    run(kernels.finish, per_level(p, static_cast<int>((most_rows + kThreads - 1) / kThreads), kernels), p, stream);
+  }
+  if (p.want_grads) run(kernels.gradient, over_pieces, p, stream);
+}
+
+template <class Loss>
+Outputs forward(at::TensorList student, at::TensorList teacher, const Options& options, int64_t save, Path path) {
+  const OnDevice device(student[0]);
+  const bool want_grads = save == kSaveGrads;
+  Call call(student, teacher, options, path, want_grads);
+  if (want_grads && options.reduction == kNone) throw std::invalid_argument("reduction none recomputes gradients");
+  // Entries are about tau / (N C H W): below fp16's smallest, before a GradScaler's factor reaches them.
+  if (want_grads && call.dtype == kFloat16) throw std::invalid_argument("fp16 gradients made in the forward underflow");
+  prepare<Loss>(call, options);
+  // channels_last passes hand their statistics on through memory.
+  const bool keep_stats = save == kSaveStats || path == kChannelsLast;
+  const at::Tensor losses = call.empty({call.problem.rows});
+  const at::Tensor stats = keep_stats ? call.empty({Loss::kStats, call.problem.rows}) : call.empty({0});
+  call.problem.losses = losses.data_ptr<float>();
+  if (keep_stats) call.problem.stats = stats.data_ptr<float>();
+  if (path == kChannelsLast) {
+    forward_lanes(call, Loss::lane_kernels(call.dtype), device.stream());
+  } else {
+    forward_channels(call, Loss::kernels(call.dtype), path, device.stream());
+  }
   return {options.reduction == kNone ? losses : at::sum(losses), save == kSaveStats ? stats : call.empty({0}),
           std::move(call.grads)};
 }
@@ -104,9 +136,13 @@ std::vector<at::Tensor> backward(const at::Tensor& grad_output, at::TensorList s
   p.stats = stats.data_ptr<float>();
   p.grad_output = grad_output.data_ptr<float>();
   p.grad_output_stride = grad_output.dim() ? grad_output.stride(0) : 0;
-  const LossKernels kernels = Loss::kernels(call.dtype);
-  const Launch launch = plan_backward(p, kernels);
-  run(kernels.backward, launch, p, device.stream());
+  if (path == kChannelsLast) {
+    const LaneKernels kernels = Loss::lane_kernels(call.dtype);
+    run(kernels.gradient, plan_lanes(p, kernels), p, device.stream());
+  } else {
+    const LossKernels kernels = Loss::kernels(call.dtype);
+    run(kernels.backward, plan_backward(p, kernels), p, device.stream());
+  }
   return std::move(call.grads);
 }
 

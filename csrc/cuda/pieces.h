@@ -31,11 +31,6 @@ KDOPS_FN int phase_of(const T* p) {
   return static_cast<int>(reinterpret_cast<uintptr_t>(p) / sizeof(T) % kPack<T>);
 }
 
-KDOPS_FN int length_of(const Level& level, int piece) {
-  const int left = level.positions - piece % level.splits * level.chunk;
-  return left < level.chunk ? left : level.chunk;
-}
-
 template <class T>
 KDOPS_FN Piece<T> piece_of(const Level& level, int channel, int piece) {
   const int n = piece / level.splits, start = piece % level.splits * level.chunk;

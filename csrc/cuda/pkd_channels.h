@@ -5,17 +5,12 @@
 #pragma once
 
 #include "group.h"
+#include "pkd_math.h"
 
 namespace kdops::cuda {
 
-enum PkdPart { kPartMeanOfS, kPartMeanOfT, kPartSumSS, kPartSumTT, kPartSumST, kPkdParts };
 enum PkdValue { kPkdAlpha, kPkdBeta, kPkdCentreS, kPkdCentreT };
 constexpr int kPkdImages = 0;
-
-// dS = alpha (s - mean_s) - beta (t - mean_t)
-struct AffineInputs {
-  float alpha, beta, mean_s, mean_t;
-};
 
 template <bool kOnChip, class T>
 KDOPS_FN void write_affine(const Piece<T>& piece, const AffineInputs& a) {
@@ -25,31 +20,9 @@ KDOPS_FN void write_affine(const Piece<T>& piece, const AffineInputs& a) {
     load<kOnChip, V>(piece.student + i, s);
     load<kOnChip, V>(piece.teacher + i, t);
 #pragma unroll
-    for (int j = 0; j < V; ++j) out[j] = a.alpha * (s[j] - a.mean_s) - a.beta * (t[j] - a.mean_t);
+    for (int j = 0; j < V; ++j) out[j] = affine_of(a, s[j], t[j]);
     store<V>(piece.grad + i, out);
   });
-}
-
-// From the sums over a channel to its statistics.
-struct PkdChannelStats {
-  float mean_s, r_s, mean_t, r_t, q_s, dot, distance;
-};
-KDOPS_FN PkdChannelStats pkd_stats(const Problem& p, const CoMoments& m) {
-  const Scale s = channel_scale(p.norm, p.eps, m.ss, m.count), t = channel_scale(p.norm, p.eps, m.tt, m.count);
-  const float ss = s.r * s.r * m.ss, st = s.r * t.r * m.st;
-  return {m.mean_s, s.r, m.mean_t, t.r, s.q, ss - st, ss + t.r * t.r * m.tt - 2 * st};
-}
-KDOPS_FN AffineInputs pkd_affine(const PkdChannelStats& c, float grad) {
-  const float outer = c.r_s * grad;
-  return {outer * (c.r_s - c.q_s * c.dot), outer * c.r_t, c.mean_s, c.mean_t};
-}
-KDOPS_FN void write_pkd_channel(const Problem& p, const Level& level, int c, const PkdChannelStats& stats) {
-  const int64_t at = level.first_channel + c;
-  p.losses[at] = level.loss_scale * stats.distance;
-  if (p.stats == nullptr) return;
-  const float values[kPkdStats] = {stats.mean_s, stats.r_s, stats.mean_t, stats.r_t, stats.q_s, stats.dot};
-#pragma unroll
-  for (int f = 0; f < kPkdStats; ++f) p.stats[f * p.rows + at] = values[f];
 }
 
 template <class T, bool kOnChip>
@@ -131,14 +104,6 @@ class PkdChannel {
 template <class T, bool kOnChip>
 KDOPS_KERNEL(kThreads, 2) pkd_channels(KDOPS_PARAMETER Problem p) {
   PkdChannel<T, kOnChip>(p).run();
-}
-
-KDOPS_FN AffineInputs saved_affine(const Problem& p, const Level& level, int c) {
-  const int64_t at = level.first_channel + c;
-  const auto stat = [&](int field) { return p.stats[field * p.rows + at]; };
-  const PkdChannelStats stats = {stat(kPkdMeanS), stat(kPkdRS), stat(kPkdMeanT), stat(kPkdRT), stat(kPkdQS),
-                                 stat(kPkdDot),   0};
-  return pkd_affine(stats, level.grad_scale * p.grad_output[at * p.grad_output_stride]);
 }
 
 // The gradient from saved statistics: one pass. A warp takes one piece of a row.

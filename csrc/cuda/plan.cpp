@@ -131,4 +131,30 @@ Launch plan_backward(Problem& p, const LossKernels& kernels) {
   return {p.units * p.group, kThreads, 0, 1, false};
 }
 
+Launch plan_lanes(Problem& p, const LaneKernels& kernels) {
+  constexpr int kChannels = 2 * kLanes, kLeastPositions = 4 * kWarps, kBlocksWanted = 16;  // for each multiprocessor
+  int64_t blocks = 0, tiles = 0;
+  for (int i = 0; i < p.levels; ++i)
+    tiles += int64_t(p.level[i].batch) * p.level[i].positions * ceil_div(p.level[i].channels, kChannels);
+  const int64_t wanted = std::max<int64_t>(kLeastPositions, tiles / (kBlocksWanted * device_limits().multiprocessors));
+  p.part_count = 0;
+  for (int i = 0; i < p.levels; ++i) {
+    Level& level = p.level[i];
+    level.splits = ceil_div(level.positions, static_cast<int>(std::min<int64_t>(wanted, level.positions)));
+    level.chunk = ceil_div(level.positions, level.splits);
+    level.splits = ceil_div(level.positions, level.chunk);
+    level.first_unit = static_cast<int>(blocks), level.first_part = p.part_count;
+    const int64_t pieces = int64_t(level.batch) * level.splits;
+    blocks += pieces * ceil_div(level.channels, kChannels);
+    p.part_count += pieces * level.channels;
+    if (blocks > INT32_MAX) refuse("the maps need more than 2^31 blocks");
+  }
+  return {static_cast<int>(blocks), kThreads, kernels.warp_results * kWarps * kChannels * int(sizeof(float)), 1, false};
+}
+
+Launch per_level(Problem& p, int blocks, const LaneKernels& kernels) {
+  p.group = blocks;
+  return {blocks * p.levels, kThreads, kernels.warp_results * kWarps * 2 * kLanes * int(sizeof(float)), 1, false};
+}
+
 }  // namespace kdops::cuda

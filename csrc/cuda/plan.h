@@ -9,5 +9,8 @@ namespace kdops::cuda {
 // std::invalid_argument with the reason where a path cannot take the call.
 Launch plan_channels(Problem& problem, Path path, const LossKernels& kernels);
 Launch plan_backward(Problem& problem, const LossKernels& kernels);
+// channels_last: a block for each piece of 64 channels; and a launch with `group` blocks for each level.
+Launch plan_lanes(Problem& problem, const LaneKernels& kernels);
+Launch per_level(Problem& problem, int blocks, const LaneKernels& kernels);
 
 }  // namespace kdops::cuda
