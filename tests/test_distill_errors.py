@@ -87,6 +87,15 @@ def test_student_that_ran_twice_or_not_at_all():
     assert distiller.loss().total > 0
 
 
+def test_forward_that_failed_is_not_counted():
+    student, teacher = pair()
+    distiller = Distiller(student, teacher, [_tap()])
+    with pytest.raises(RuntimeError):
+        student(images()[:, :2])
+    student(images())
+    assert distiller.loss().total > 0
+
+
 def test_loss_asked_for_twice():
     student, teacher = pair()
     distiller = Distiller(student, teacher, [_tap()])

@@ -143,9 +143,10 @@ class _Enter(_Hook):
         recorder = self.recorder
         if not (recorder.enabled and module.training and torch.is_grad_enabled()) or _in_backward():
             return
+        # Still open: the forward before was left by an exception, and is not counted.
+        recorder.passes = 1 if recorder.capture.open else recorder.passes + 1
         recorder.capture.open = True
         recorder.capture.seen = {}
-        recorder.passes += 1
         recorder.call = (args, kwargs)
         recorder.autocast = {
             device: (torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in AUTOCAST_DEVICES

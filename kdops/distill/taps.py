@@ -29,7 +29,8 @@ class Tap:
         teacher: name of the teacher's layer, in the same form; the student's name when None.
         loss: any loss of kdops, or a module (or function) of two arguments, student and teacher map, that returns a
             scalar. Taps with the same kdops loss, options and weight go through one call for all of them. A module's
-            parameters (MGD's generator) are trained: they are among the Distiller's parameters.
+            parameters (MGD's generator) are trained: they are among the Distiller's parameters. The options of kdops's
+            losses are read when the Distiller is made.
         align: what brings the student's map to the teacher's width. None: nothing. True: a 1x1 convolution without
             bias (RTMDet), its widths found from a first batch; ``(student_width, teacher_width)``: the same, widths
             given. A module: that module (DAMO-YOLO: ``nn.Conv2d(s, t, 1)``, with bias).
