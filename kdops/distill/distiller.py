@@ -338,7 +338,7 @@ class Distiller(nn.Module):
             warnings.warn(
                 f"Distiller: {_PATIENCE} losses were computed and no optimizer has changed the align layers and "
                 "losses; give distiller.parameters() to the optimizer, or distiller.bind(optimizer)",
-                stacklevel=4,
+                stacklevel=6,  # the caller of loss()
             )
         self._idle = (first._version, calls + 1)
 
