@@ -8,6 +8,8 @@ from ._placeholders import import_mmrazor
 # First: everything below needs MMRazor, which may need placeholders to import.
 import_mmrazor()
 
+from kdops.integrations.mmengine import KDOpsStudentCheckpointHook  # noqa: E402
+
 from .fuse import FuseReport, KDOpsDistiller, fuse  # noqa: E402
 from .hooks import KDOpsStopDistillHook, KDOpsTeacherEvalHook  # noqa: E402
 from .losses import KDOpsChannelWiseDivergence, KDOpsMGDConnector, KDOpsMGDLoss, KDOpsPKDLoss  # noqa: E402
@@ -21,6 +23,7 @@ __all__ = [
     "KDOpsMGDLoss",
     "KDOpsPKDLoss",
     "KDOpsStopDistillHook",
+    "KDOpsStudentCheckpointHook",
     "KDOpsTeacherEvalHook",
     "fuse",
     "give_back",

@@ -1,0 +1,57 @@
+"""Checkpoints of a distillation run under mmengine: without the teacher, and of the student alone."""
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+
+from mmengine.hooks import Hook
+from mmengine.logging import print_log
+from mmengine.registry import HOOKS
+from mmengine.runner import Runner
+
+from kdops import student_checkpoint
+
+
+@HOOKS.register_module()
+class KDOpsStudentCheckpointHook(Hook):
+    """Leaves the teacher out of every checkpoint, and writes the student alone at the end of training.
+
+    The last file is ``{stem}_student.pth`` beside the last checkpoint. It holds the plain network's keys and ``meta``
+    and tests with the student's own config; where an EMAHook is at work it has the averaged weights, as the
+    checkpoint itself has. A run is resumed from checkpoints without the teacher as long as the config brings the
+    teacher's weights (``teacher_ckpt``).
+
+    Args:
+        drop: prefixes of state-dict keys to leave out of every checkpoint.
+        write_student: write the student's own file at the end.
+    """
+
+    # Behind EMAHook (NORMAL), which exchanges averaged and raw weights, and behind CheckpointHook (VERY_LOW).
+    priority = "LOWEST"
+
+    def __init__(self, drop: Sequence[str] = ("teacher.",), write_student: bool = True) -> None:
+        if isinstance(drop, str):
+            raise TypeError(f"KDOpsStudentCheckpointHook: drop must be a list of prefixes, got the string {drop!r}")
+        self.drop = tuple(drop)
+        self.write_student = write_student
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        for entry, wrapper in (("state_dict", ""), ("ema_state_dict", "module.")):
+            state = checkpoint.get(entry, {})
+            for key in [key for key in state if key.startswith(tuple(wrapper + prefix for prefix in self.drop))]:
+                del state[key]
+
+    def after_train(self, runner: Runner) -> None:
+        if not self.write_student or runner.rank != 0:
+            return
+        last = runner.message_hub.get_info("last_ckpt") if "last_ckpt" in runner.message_hub.runtime_info else None
+        if last is None or not os.path.isfile(last):
+            print_log(
+                f"kdops: no student checkpoint was written, for there is no last checkpoint on this disk ({last})",
+                logger=runner.logger, level=logging.WARNING)
+            return
+        stem, _ = os.path.splitext(last)
+        # The file was written by this very run, so its pickle is trusted.
+        report = student_checkpoint(last, f"{stem}_student.pth", force=True, allow_pickle=True)
+        print_log(f"kdops: {report}", logger=runner.logger, level=logging.INFO)
