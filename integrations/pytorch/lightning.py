@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, Union
+from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from kdops.distill import Distiller, ProgressiveDistillation
 from kdops.distill.checkpoints import CALLBACK_MARK
 
-__all__ = ["DistillationCallback"]
+from ._placement import DISTILLERS, AnyDistiller, place_beside_student
 
-AnyDistiller = Union[Distiller, ProgressiveDistillation]
+__all__ = ["DistillationCallback"]
 
 
 class DistillationCallback(Callback):
@@ -53,9 +51,7 @@ class DistillationCallback(Callback):
         group: int = 0,
         prefix: str = "distill/",
     ) -> None:
-        if not isinstance(distiller, (Distiller, ProgressiveDistillation)) and (
-            isinstance(distiller, nn.Module) or not callable(distiller)
-        ):
+        if not isinstance(distiller, DISTILLERS) and (isinstance(distiller, nn.Module) or not callable(distiller)):
             raise TypeError(
                 "DistillationCallback: distiller must be a Distiller, a ProgressiveDistillation or a function that "
                 f"returns one, got {type(distiller).__name__}"
@@ -90,8 +86,7 @@ class DistillationCallback(Callback):
             )
         distiller = self._made()
         self._student_name()
-        like = next(distiller.student.parameters())
-        distiller.to(device=like.device, dtype=None if like.dtype == torch.float32 else like.dtype)
+        place_beside_student(distiller)
         distiller.bind(trainer.optimizers[0], self.group)
         pl_module.training_step = self._distilled(pl_module, pl_module.training_step)
 
@@ -125,7 +120,7 @@ class DistillationCallback(Callback):
     def _made(self) -> AnyDistiller:
         if self.distiller is None:
             made = self._given(self._module)
-            if not isinstance(made, (Distiller, ProgressiveDistillation)):
+            if not isinstance(made, DISTILLERS):
                 raise TypeError(
                     "DistillationCallback: the function must return a Distiller or a ProgressiveDistillation, "
                     f"got {type(made).__name__}"
