@@ -85,7 +85,8 @@ class CwdChannel {
   KDOPS_FN Moments merged_pieces(const Level& level, int mean_part) const {
     Moments all = {0, 0, 0};
     for (int i = device::lane(); i < group_.pieces(); i += kLanes)
-      all = merged(all, {static_cast<float>(length_of(level, i)), group_.get(mean_part, i), group_.get(mean_part + 1, i)});
+      all = merged(all, {static_cast<float>(length_of(level, i)), group_.get(mean_part, i),
+                         group_.get(mean_part + 1, i)});
     return warp_merged(all);
   }
 

@@ -1,7 +1,8 @@
 // Channel-wise distillation, channels_last: three passes over the maps, 14 bytes an element in half precision.
 // Not run on a GPU yet: arithmetic and indexing are tested on the host shim.
 //
-// Launches: cwd_lane_moments, cwd_lane_merge, cwd_lane_sums, cwd_lane_finish; then, or in the backward, cwd_lane_gradient.
+// Launches: cwd_lane_moments, cwd_lane_merge, cwd_lane_sums, cwd_lane_finish; then, or in the backward,
+// cwd_lane_gradient.
 #pragma once
 
 #include "cwd_math.h"
@@ -110,7 +111,8 @@ KDOPS_KERNEL(kThreads, 4) cwd_lane_sums(KDOPS_PARAMETER Problem p) {
   });
 #pragma unroll
   for (int j = 0; j < kLaneChannels; ++j) {
-    const float values[kLaneSums] = {sums[j].z_s, sums[j].z_t, sums[j].divergence, sums[j].s_under_s, sums[j].s_under_t};
+    const SoftmaxSums& x = sums[j];
+    const float values[kLaneSums] = {x.z_s, x.z_t, x.divergence, x.s_under_s, x.s_under_t};
 #pragma unroll
     for (int f = 0; f < kLaneSums; ++f)
       warp_result(kLaneSums, device::warp(), f, device::lane() * kLaneChannels + j) = values[f];

@@ -26,7 +26,8 @@ int attribute(cudaDeviceAttr name, int device) {
 }
 
 Device asked(int device) {
-  return {10 * attribute(cudaDevAttrComputeCapabilityMajor, device) + attribute(cudaDevAttrComputeCapabilityMinor, device),
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
+  return {10 * major + attribute(cudaDevAttrComputeCapabilityMinor, device),
           attribute(cudaDevAttrMultiProcessorCount, device),
           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),

@@ -60,7 +60,8 @@ KDOPS_FN Moments merged(Moments a, Moments b) {
 // Lane 0 has the result.
 KDOPS_FN Moments warp_merged(Moments a) {
   for (int mask = kLanes / 2; mask > 0; mask /= 2) {
-    a = merged(a, {device::shuffle_xor(a.count, mask), device::shuffle_xor(a.mean, mask), device::shuffle_xor(a.m2, mask)});
+    using device::shuffle_xor;
+    a = merged(a, {shuffle_xor(a.count, mask), shuffle_xor(a.mean, mask), shuffle_xor(a.m2, mask)});
   }
   return a;
 }

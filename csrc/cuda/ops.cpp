@@ -186,12 +186,32 @@ std::vector<at::Tensor> pkd_backward(const at::Tensor& grad_output, at::TensorLi
   });
 }
 
+// Why a path cannot take these maps, or an empty text: the forward's plan without its launch.
+template <class Loss>
+std::string refusal(at::TensorList student, at::TensorList teacher, Path path) {
+  const OnDevice device(student[0]);
+  try {
+    Call call(student, teacher, {1.0, kBatchNorm, 0.0, 1.0, kMean}, path, false);
+    if (path != kChannelsLast) plan_channels(call.problem, path, Loss::kernels(call.dtype));
+    return "";
+  } catch (const std::invalid_argument& refused) {
+    return refused.what();
+  }
+}
+
+std::string any_refusal(const std::string& loss, int64_t path, at::TensorList student, at::TensorList teacher) {
+  const bool cwd = loss == Cwd::kName;
+  TORCH_CHECK(cwd || loss == Pkd::kName, "cuda_refusal: loss must be cwd_loss or pkd_loss, got ", loss);
+  return (cwd ? refusal<Cwd> : refusal<Pkd>)(student, teacher, static_cast<Path>(path));
+}
+
 #define KDOPS_MAPS "Tensor[] student, Tensor[] teacher, "
 #define KDOPS_CWD "float tau, int norm, float eps, float loss_weight, int reduction, "
 #define KDOPS_PKD "int norm, float eps, float loss_weight, int reduction, "
 #define KDOPS_OUTPUTS " -> (Tensor loss, Tensor stats, Tensor[] grads)"
 
 void define(torch::Library& m) {
+  m.def("cuda_refusal(str loss, int path, Tensor[] student, Tensor[] teacher) -> str");
   m.def("cwd_loss_cuda(" KDOPS_MAPS KDOPS_CWD "int save, int path)" KDOPS_OUTPUTS);
   m.def("cwd_loss_backward_cuda(Tensor grad_output, " KDOPS_MAPS "Tensor stats, " KDOPS_CWD "int path) -> Tensor[]");
   m.def("pkd_loss_cuda(" KDOPS_MAPS KDOPS_PKD "int save, int path)" KDOPS_OUTPUTS);
@@ -199,6 +219,7 @@ void define(torch::Library& m) {
 }
 
 void implement(torch::Library& m) {
+  m.impl("cuda_refusal", any_refusal);
   m.impl("cwd_loss_cuda", cwd_forward);
   m.impl("cwd_loss_backward_cuda", cwd_backward);
   m.impl("pkd_loss_cuda", pkd_forward);

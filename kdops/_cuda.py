@@ -1,0 +1,110 @@
+"""Which kernels serve a loss on a GPU: Triton's, or a path of the CUDA C++ kernels (csrc/cuda).
+
+`RULES` is the one table. A path is taken by shape, dtype, layout, compute capability and an occupancy query, never by
+timing at run time: winners would differ between ranks and runs, and change the numerics. None of the CUDA C++ kernels
+has run on a GPU yet, so ``faster_on`` is empty throughout and Triton serves every call; `forced` reaches a path for
+tests and benchmarks.
+
+Where the gradient is computed. The kernels do both: from saved statistics in the backward (4 bytes an element in the
+forward and 6 in the backward, half precision, on chip), or in the forward (6, and 4 more where grad_output is not 1).
+Without figures that favour the second, the first stays: it rounds once, works for fp16, whose gradients underflow
+before a GradScaler's factor reaches them, and holds no map of its own between forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kdops import _extension
+
+
+class Path(IntEnum):
+    """The number of a path in the operators' schemas."""
+
+    TRITON = 0
+    BLOCK = 1
+    CLUSTER = 2
+    WAVES = 3
+    CHANNELS_LAST = 4
+
+
+@dataclass(frozen=True)
+class Rule:
+    """When a path is taken: the first rule that holds, where `refusal` has nothing against it.
+
+    Attributes:
+        path: which.
+        faster_on: compute capabilities (90 for 9.0) on which a CSV in benchmarks/results has it ahead of Triton.
+        reason: why it should be, in bytes an element of one map in half precision, gradient in the forward.
+    """
+
+    path: Path
+    faster_on: frozenset[int]
+    reason: str
+
+
+RULES = (
+    Rule(Path.BLOCK, frozenset(), "a channel of both maps fits one block: 6 bytes instead of 14"),
+    Rule(Path.CLUSTER, frozenset(), "a channel fits the blocks of a cluster: 6 bytes instead of 14"),
+    Rule(Path.WAVES, frozenset(), "later visits find a channel in the L2 cache: 6 of 14 bytes from memory"),
+    Rule(Path.CHANNELS_LAST, frozenset(), "the 14 bytes that Triton's kernels move too; fewer launches without a table"),
+)
+_LOSSES = ("cwd_loss", "pkd_loss")
+_forced: list[Path] = []
+_operators = torch.ops.kdops
+
+
+def built() -> bool:
+    """Whether kdops._C holds the CUDA C++ kernels."""
+    info = _extension.build_info()
+    return info is not None and info["cuda"] != "not built"
+
+
+def refusal(loss: str, path: Path, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> str | None:
+    """Why a path cannot take these maps on their device, or None where it can."""
+    if not built():
+        return "kdops._C was built without CUDA kernels"
+    return _operators.cuda_refusal(loss, path, list(student), list(teacher)) or None
+
+
+def choose(loss: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Path:
+    """The path that serves a call: the forced one, the first rule's that holds, or Triton's."""
+    if _forced:
+        return _forced[-1]
+    if any(rule.faster_on for rule in RULES):
+        major, minor = torch.cuda.get_device_capability(student[0].device)
+        for rule in RULES:
+            if 10 * major + minor in rule.faster_on and refusal(loss, rule.path, student, teacher) is None:
+                return rule.path
+    return Path.TRITON
+
+
+@contextmanager
+def forced(path: Path) -> Iterator[None]:
+    """All calls take ``path``, in every thread (a backward runs in autograd's own); a call that it refuses raises."""
+    _forced.append(path)
+    try:
+        yield
+    finally:
+        _forced.pop()
+
+
+def routed(loss: str, function: str, triton: Callable) -> Callable:
+    """The CUDA kernel of an operator: ``function`` is "forward" or "backward", ``triton`` the launcher it falls to."""
+    if loss not in _LOSSES:
+        return triton
+    name = f"{loss}_cuda" if function == "forward" else f"{loss}_backward_cuda"
+    maps = 0 if function == "forward" else 1  # behind grad_output
+
+    def call(*args: Any) -> Any:
+        path = choose(loss, args[maps], args[maps + 1])
+        return triton(*args) if path == Path.TRITON else getattr(_operators, name)(*args, path)
+
+    return call
