@@ -56,7 +56,7 @@ class Dense:
     def hidden(student: Tensor, p: Parameters, mask: Mask) -> Tensor:
         """ReLU(conv3x3(mask * align(student)))."""
         masked = Dense.masked(student, p, mask)
-        if not student.is_cuda:
+        if not _op.on_gpu(student):
             return convolve(masked, p.weight1, p.bias1).relu_()
         out = convolve(masked, p.weight1, None)
         _ops.mgd_bias_relu_(out, p.bias1)
@@ -66,7 +66,7 @@ class Dense:
     def masked(student: Tensor, p: Parameters, mask: Mask) -> Tensor:
         if p.align_weight is None:
             return mask.apply(student, torch.empty_like(student, memory_format=_layout(student)))
-        on_gpu = student.is_cuda
+        on_gpu = _op.on_gpu(student)
         aligned = convolve(student, p.align_weight, None if on_gpu else p.align_bias)
         return mask.apply(aligned, aligned, p.align_bias if on_gpu else None)
 
@@ -127,7 +127,7 @@ class Compact:
 
 def path(student: Tensor, p: Parameters, mask: Mask) -> type[Dense] | type[Compact]:
     """Chosen by device, dtype, widths and lambda alone."""
-    suits = student.device.type == "cpu" and student.dtype == torch.float32 and p.weight1.shape[0] % _TILE == 0
+    suits = not _op.on_gpu(student) and student.dtype == torch.float32 and p.weight1.shape[0] % _TILE == 0
     return Compact if suits and not mask.on_channel and mask.masked_fraction >= COMPACT_FROM else Dense
 
 
@@ -173,6 +173,6 @@ def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple
 
 def _layout(student: Tensor) -> torch.memory_format:
     """The memory format that the generator's maps are made in."""
-    if student.is_cuda and student.dtype.itemsize >= 4:
+    if _op.on_gpu(student) and student.dtype.itemsize >= 4:
         return torch.preserve_format
     return torch.channels_last

@@ -101,7 +101,7 @@ class _Loss(torch.autograd.Function):
     ) -> Tensor:
         p = Parameters(*parameters)
         hidden = path(student, p, mask).hidden(student, p, mask)
-        on_gpu = student.is_cuda  # where the library adds a bias in a pass of its own
+        on_gpu = _op.on_gpu(student)  # where the library adds a bias in a pass of its own
         difference = convolve(hidden, p.weight2, None if on_gpu else p.bias2)
         loss = _ops.mgd_difference_(difference, p.bias2 if on_gpu else None, teacher)
         ctx.mask, ctx.slope = mask.without_tensors(), 2 * alpha / student.shape[0]

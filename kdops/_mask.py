@@ -72,7 +72,7 @@ class Mask(NamedTuple):
 
     def apply(self, x: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
         """Writes mask * (x + bias) to out, which may be x, and returns it. A GPU draws the mask on the way."""
-        if x.is_cuda:
+        if _op.on_gpu(x):
             limit = threshold(self.masked_fraction)
             torch.ops.kdops.mgd_apply_mask_(out, x, bias, self.keep, self.seed, limit, self.on_channel)
             return out

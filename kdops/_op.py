@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdops import _extension
+from kdops import _cuda, _extension
 
 library = torch.library.Library("kdops", "DEF")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -59,7 +59,7 @@ class FusedLoss:
             f"{name}_backward(Tensor grad_output, {maps}, Tensor stats, {parameters}, int reduction) -> Tensor[]"
         )
         for op, function in ((name, "forward"), (f"{name}_backward", "backward")):
-            library.impl(op, triton_kernel(name, function), "CUDA")
+            library.impl(op, _cuda.routed(name, function, triton_kernel(name, function)), "CUDA")
         torch.library.register_fake(f"kdops::{name}", self._fake_forward, lib=library)
         torch.library.register_fake(f"kdops::{name}_backward", _fake_backward, lib=library)
         torch.library.register_autograd(
@@ -205,6 +205,11 @@ def split(values: Tensor, shapes: Sequence[Sequence[int]], single: bool) -> Tens
         return values.view(*shapes[0])
     sizes = [math.prod(shape) for shape in shapes]
     return [v.view(*shape) for v, shape in zip(values.split(sizes), shapes)]
+
+
+def on_gpu(x: Tensor) -> bool:
+    """Whether the Triton kernels serve a tensor."""
+    return x.is_cuda
 
 
 def accumulation_dtype(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> torch.dtype:

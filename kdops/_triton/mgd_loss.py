@@ -68,8 +68,8 @@ def difference_kernel(s, t, out, bias, factor, sums, size, blocks, C, INNER,
     """out = factor * (s + bias - t), and the sum of (s + bias - t)^2 over this program's blocks."""
     program = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], ACC)
-    for block in range(program * blocks, (program + 1) * blocks):
-        start = block.to(tl.int64) * BLOCK
+    for block in range(0, blocks):
+        start = (program * blocks + block) * BLOCK
         i = start + tl.arange(0, BLOCK)
         inside = i < size
         x = tl.load(s + i, mask=inside, other=0.0)
@@ -82,6 +82,8 @@ def difference_kernel(s, t, out, bias, factor, sums, size, blocks, C, INNER,
         if WRITE:
             if SCALED:
                 d *= tl.load(factor)
+            if x.dtype != tl.float64:
+                d = d.to(tl.float32)  # Triton's interpreter knows no way from fp64 to bf16
             tl.store(out + i, d.to(x.dtype), mask=inside)
     if SUM:
         tl.store(sums + program, tl.sum(total, 0))
@@ -151,7 +153,8 @@ def _difference(
     factor: Tensor | None = None,
 ) -> Tensor | None:
     """Writes factor * (s + bias - t) to out, if given; without a factor the sum of the squares is returned."""
-    order = s if s.is_non_overlapping_and_dense() else s.contiguous()
+    dense = s.is_contiguous() or s.is_contiguous(memory_format=torch.channels_last)
+    order = s if dense else s.contiguous()
     target = out if out is None or out.stride() == order.stride() else torch.empty_like(order)
     t = t if t.stride() == order.stride() else torch.empty_like(order, dtype=t.dtype).copy_(t)
     blocks = triton.cdiv(triton.cdiv(s.numel(), _BLOCK), _PROGRAMS)
