@@ -34,6 +34,8 @@ class StopHook(Hook):
     """
 
     priority = "LOW"
+    #: Whether what is dropped was in the buckets of DistributedDataParallel.
+    wraps_anew = True
 
     def __init__(
         self, stop_epoch: int | None = None, detach_epoch: int | None = None, stop_iter: int | None = None
@@ -92,7 +94,7 @@ class StopHook(Hook):
         for hook in runner.hooks:
             if isinstance(hook, EMAHook) and hasattr(hook, "ema_model"):
                 self._stop_average(hook.ema_model)
-        if isinstance(wrapper, DistributedDataParallel):
+        if self.wraps_anew and isinstance(wrapper, DistributedDataParallel):
             runner.model = None
             del wrapper
             gc.collect()  # the old reducer's hooks on the parameters go with it

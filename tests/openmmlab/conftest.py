@@ -8,6 +8,13 @@ import pytest
 if importlib.util.find_spec("mmengine") is None:
     collect_ignore_glob = ["test_*.py"]
 else:
+    from mmengine.registry import DefaultScope
+
+    @pytest.fixture(autouse=True)
+    def scope():
+        """Every test starts from MMRazor's scope, whatever Runner the test before has left behind."""
+        with DefaultScope.overwrite_default_scope("mmrazor"):
+            yield
 
     @pytest.fixture
     def stock_names():

@@ -134,7 +134,6 @@ def one_step(cfg):
 
 @pytest.mark.parametrize("name", [
     "cwd/cwd_fpn_retina_r101_retina_r50_1x_coco.py",
-    "pkd/pkd_fpn_faster-rcnn_r101_faster-rcnn_r50_2x_coco.py",
     "pkd/pkd_fpn_mask-rcnn_swin_retina_r50_2x_coco.py",
 ])
 def test_stock_configs_step_the_same_with_names_taken_over(name, stock_names):

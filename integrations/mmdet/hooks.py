@@ -1,0 +1,131 @@
+"""Hooks that drive a KDOpsDistilledDetector through a run of mmengine's Runner."""
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+from mmdet.registry import HOOKS
+from mmengine.hooks import EMAHook, Hook
+from mmengine.logging import print_log
+from mmengine.model import is_model_wrapper
+from mmengine.runner import Runner
+from torch import nn
+
+from kdops import ProgressiveDistillation
+from kdops.integrations.mmengine.stop import StopHook
+
+from .detector import KDOpsDistilledDetector
+
+
+def distilled_detector(owner: str, runner: Runner) -> KDOpsDistilledDetector:
+    """The runner's model, out of its wrapper; a TypeError if it is none of ours."""
+    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    if not isinstance(model, KDOpsDistilledDetector):
+        raise TypeError(f"{owner}: the model must be a KDOpsDistilledDetector, got {type(model).__name__}")
+    return model
+
+
+@HOOKS.register_module()
+class KDOpsDistillHook(Hook):
+    """Tells the distiller how far training has come, and keeps its state apart from the student's in checkpoints.
+
+    Weight schedules and progressive teachers need it. Every checkpoint then has the student alone in ``state_dict``,
+    exactly as the student's plain config saves it, and the distiller's own state in ``distiller``.
+
+    Where the next of several teachers takes over (MTPD), the learning rate goes back to its start, the optimizer
+    forgets its momentum, and the parameter schedulers begin anew: every stage is a full schedule, so the schedulers of
+    the config describe one stage.
+
+    Args:
+        restart_schedule: start the schedule anew at every stage.
+    """
+
+    # Behind EMAHook, which exchanges averaged and raw weights in checkpoints.
+    priority = "LOWEST"
+
+    def __init__(self, restart_schedule: bool = True) -> None:
+        self.restart_schedule = restart_schedule
+
+    def before_run(self, runner: Runner) -> None:
+        model = distilled_detector("KDOpsDistillHook", runner)
+        model.needs_hook = False
+        if isinstance(model.distiller, ProgressiveDistillation):
+            model.distiller.bind(runner.optim_wrapper.optimizer)
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        self._follow(runner, lambda distiller: distiller.set_epoch(runner.epoch))
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        # With accumulated gradients, not every iteration is a step.
+        if (runner.iter + 1) % getattr(runner.optim_wrapper, "_accumulative_counts", 1) == 0:
+            self._follow(runner, lambda distiller: distiller.step())
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        state, average = checkpoint["state_dict"], checkpoint.get("ema_state_dict", {})
+        own = {key: state.pop(key) for key in list(state) if key.startswith("distiller.")}
+        for key in own:
+            own[key] = average.pop("module." + key, own[key])  # EMAHook has put the raw values there
+        checkpoint["distiller"] = {key[len("distiller."):]: value for key, value in own.items()}
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        own = checkpoint.get("distiller", {})
+        checkpoint["state_dict"].update({f"distiller.{key}": value for key, value in own.items()})
+
+    def _follow(self, runner: Runner, advance: Any) -> None:
+        model = distilled_detector("KDOpsDistillHook", runner)
+        before = getattr(model.distiller, "stage", None)
+        advance(model.distiller)
+        after = getattr(model.distiller, "stage", None)
+        if after == before:
+            return
+        for hook in runner.hooks:
+            if isinstance(hook, EMAHook) and hasattr(hook, "ema_model"):
+                _follow_stage(hook.ema_model, model)
+        if self.restart_schedule and not model.distiller.stopped:
+            _restart_schedule(runner)
+        what = "distillation has ended" if model.distiller.stopped else f"stage {after} of distillation begins"
+        print_log(f"kdops: {what} at iteration {runner.iter}", logger=runner.logger, level=logging.INFO)
+
+
+def _follow_stage(average: nn.Module, model: KDOpsDistilledDetector) -> None:
+    """Give the averaged model the present stage's align layers; teacher and student are not copied."""
+    twin = average.module
+    twin.distiller = copy.deepcopy(model.distiller, {id(model.student): twin.student}).requires_grad_(False)
+    average.avg_parameters = twin.state_dict() if average.update_buffers else dict(twin.named_parameters())
+
+
+def _restart_schedule(runner: Runner) -> None:
+    optimizer = runner.optim_wrapper.optimizer
+    optimizer.state.clear()
+    for group in optimizer.param_groups:
+        for name in [name for name in group if name.startswith("initial_")]:
+            group[name[len("initial_"):]] = group[name]
+    if runner.cfg.get("param_scheduler") is not None:
+        runner.param_schedulers = runner.build_param_scheduler(copy.deepcopy(runner.cfg.param_scheduler))
+
+
+@HOOKS.register_module()
+class KDOpsStopHook(StopHook):
+    """Ends the distillation of a KDOpsDistilledDetector at an epoch or an iteration.
+
+    From then on a step costs what the student alone costs: the teacher is freed, the layers' hooks are off. Together
+    with mmdet's PipelineSwitchHook at the same epoch this is RTMDet's second stage.
+
+    Args:
+        stop_epoch: first epoch (from 0) without distillation.
+        detach_epoch: another name for ``stop_epoch``.
+        stop_iter: first iteration (from 0) without distillation.
+
+    Raises:
+        ValueError, TypeError: as `StopHook`; TypeError if the runner's model is no KDOpsDistilledDetector.
+    """
+
+    # The distiller's parameters are in no bucket of DistributedDataParallel.
+    wraps_anew = False
+
+    def before_run(self, runner: Runner) -> None:
+        distilled_detector("KDOpsStopHook", runner)
+
+    def stop_model(self, model: nn.Module) -> None:
+        model.distiller.stop()
