@@ -80,9 +80,7 @@ def compiled(kernel: Any, constants: dict[str, Any], launch: Group, architecture
     acc = "*" + _NAMES[launch.acc]
     types = {"table": "*i64", "source": "*bf16", "out": "*bf16"}
     signature = {n: "constexpr" if n in constants else types.get(n, acc) if n in _POINTERS else "i64" for n in names}
-    if kernel is fill_table or kernel is fill_strides:
-        signature["table"] = "*i64"
-    aligned = [i for i, n in enumerate(names) if n in _POINTERS]
+    aligned = [i for i, n in enumerate(names) if n in (*_POINTERS, "size")]  # size: of scale_kernel, mostly even
     if tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 3):
         attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
         source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, attributes)

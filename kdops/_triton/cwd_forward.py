@@ -76,10 +76,11 @@ def _moments(level, parts, total_parts, chunk,
     begin, end = bounds(start, stop, WIDE)
     for p0 in range(begin, end, POSITIONS * UNROLL):
         for u in tl.static_range(UNROLL):
-            p, inside = positions(p0 + u * POSITIONS, end, ORDER, VEC, POSITIONS)
+            first = p0 + u * POSITIONS
+            p, inside = positions(first, end, ORDER, VEC, POSITIONS)
             mask = exists & inside
-            s = load_tile(s_rows, p, mask, W, s_h, s_w, ORDER, S_MODE, ACC)
-            t = load_tile(t_rows, p, mask, W, t_h, t_w, ORDER, T_MODE, ACC)
+            s = load_tile(s_rows, first, p, mask, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC)
+            t = load_tile(t_rows, first, p, mask, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC)
             count += 1.0
             s_mean, s_m2 = welford(s, mask, s_mean, s_m2, 1.0 / count)
             t_mean, t_m2 = welford(t, mask, t_mean, t_m2, 1.0 / count)
@@ -196,10 +197,11 @@ def _sums(level, unit, stats, losses, parts, total_rows, total_parts, chunk, wei
     begin, end = bounds(start, stop, WIDE)
     for p0 in range(begin, end, POSITIONS * UNROLL):
         for u in tl.static_range(UNROLL):
-            p, inside = positions(p0 + u * POSITIONS, end, ORDER, VEC, POSITIONS)
+            first = p0 + u * POSITIONS
+            p, inside = positions(first, end, ORDER, VEC, POSITIONS)
             mask = exists & inside
-            s = load_tile(s_rows, p, mask, W, s_h, s_w, ORDER, S_MODE, ACC) - s_max
-            t = load_tile(t_rows, p, mask, W, t_h, t_w, ORDER, T_MODE, ACC) - t_max
+            s = load_tile(s_rows, first, p, mask, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC) - s_max
+            t = load_tile(t_rows, first, p, mask, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC) - t_max
             s_exp = tl.where(mask, exp_scaled(s * exp_scale(s_k)), 0.0)
             t_exp = tl.where(mask, exp_scaled(t * exp_scale(t_k)), 0.0)
             z_s += s_exp
@@ -273,22 +275,21 @@ def _online(level, stats, losses, parts, total_rows, total_parts, chunk, weight,
     z_t = tl.zeros([ROWS, POSITIONS], ACC)
     difference = tl.zeros([ROWS, POSITIONS], ACC)  # sum of e_T ((t - t_ref) - (s - s_ref))
     begin, end = bounds(start, stop, WIDE)
-    for p0 in range(begin, end, POSITIONS * UNROLL):
-        for u in tl.static_range(UNROLL):
-            p, inside = positions(p0 + u * POSITIONS, end, ORDER, VEC, POSITIONS)
-            mask = exists & inside
-            s = load_tile(s_rows, p, mask, W, s_h, s_w, ORDER, S_MODE, ACC)
-            t = load_tile(t_rows, p, mask, W, t_h, t_w, ORDER, T_MODE, ACC)
-            # One exponential either rescales the sum to a new maximum or adds the element to it.
-            s_exp = exp_scaled(-tl.abs(s - s_max) * exp_scale(k))
-            t_exp = exp_scaled(-tl.abs(t - t_max) * exp_scale(k))
-            d = (t - t_ref) - (s - s_ref)
-            t_rises = t > t_max
-            z_s = tl.where(mask, tl.where(s > s_max, z_s * s_exp + 1.0, z_s + s_exp), z_s)
-            z_t = tl.where(mask, tl.where(t_rises, z_t * t_exp + 1.0, z_t + t_exp), z_t)
-            difference = tl.where(mask, tl.where(t_rises, difference * t_exp + d, difference + t_exp * d), difference)
-            s_max = tl.maximum(s_max, tl.where(mask, s, -_INF))
-            t_max = tl.maximum(t_max, tl.where(mask, t, -_INF))
+    for p0 in range(begin, end, POSITIONS):  # not unrolled: it has the most to keep in registers
+        p, inside = positions(p0, end, ORDER, VEC, POSITIONS)
+        mask = exists & inside
+        s = load_tile(s_rows, p0, p, mask, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC)
+        t = load_tile(t_rows, p0, p, mask, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC)
+        # One exponential either rescales the sum to a new maximum or adds the element to it.
+        s_exp = exp_scaled(-tl.abs(s - s_max) * exp_scale(k))
+        t_exp = exp_scaled(-tl.abs(t - t_max) * exp_scale(k))
+        d = (t - t_ref) - (s - s_ref)
+        t_rises = t > t_max
+        z_s = tl.where(mask, tl.where(s > s_max, z_s * s_exp + 1.0, z_s + s_exp), z_s)
+        z_t = tl.where(mask, tl.where(t_rises, z_t * t_exp + 1.0, z_t + t_exp), z_t)
+        difference = tl.where(mask, tl.where(t_rises, difference * t_exp + d, difference + t_exp * d), difference)
+        s_max = tl.maximum(s_max, tl.where(mask, s, -_INF))
+        t_max = tl.maximum(t_max, tl.where(mask, t, -_INF))
     s_top = tl.expand_dims(tl.max(s_max, 1), 1)
     t_top = tl.expand_dims(tl.max(t_max, 1), 1)
     s_lane = tl.where(s_max == s_top, 1.0, exp_scaled((s_max - s_top) * exp_scale(k)))

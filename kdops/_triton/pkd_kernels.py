@@ -70,10 +70,11 @@ def _moments(level, parts, total_parts, chunk,
     begin, end = bounds(start, stop, WIDE)
     for p0 in range(begin, end, POSITIONS * UNROLL):
         for u in tl.static_range(UNROLL):
-            p, inside = positions(p0 + u * POSITIONS, end, ORDER, VEC, POSITIONS)
+            first = p0 + u * POSITIONS
+            p, inside = positions(first, end, ORDER, VEC, POSITIONS)
             mask = exists & inside
-            s = load_tile(s_rows, p, mask, W, s_h, s_w, ORDER, S_MODE, ACC)
-            t = load_tile(t_rows, p, mask, W, t_h, t_w, ORDER, T_MODE, ACC)
+            s = load_tile(s_rows, first, p, mask, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC)
+            t = load_tile(t_rows, first, p, mask, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC)
             count += 1.0
             s_step = tl.where(mask, s - s_mean, 0.0)
             t_step = tl.where(mask, t - t_mean, 0.0)
@@ -191,14 +192,14 @@ def _gradient(level, stats, go, go_stride, total_channels, chunk, weight,
         p2, inside2 = positions(p0 + POSITIONS, end, ORDER, VEC, POSITIONS)
         mask1, mask2 = exists & inside1, exists & inside2
         # Both tiles are loaded before either is stored: the compiler may not move a load over a store.
-        s1 = load_tile(s_rows, p1, mask1, W, s_h, s_w, ORDER, S_MODE, ACC)
-        t1 = load_tile(t_rows, p1, mask1, W, t_h, t_w, ORDER, T_MODE, ACC)
-        s2 = load_tile(s_rows, p2, mask2, W, s_h, s_w, ORDER, S_MODE, ACC)
-        t2 = load_tile(t_rows, p2, mask2, W, t_h, t_w, ORDER, T_MODE, ACC)
+        s1 = load_tile(s_rows, p0, p1, mask1, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC)
+        t1 = load_tile(t_rows, p0, p1, mask1, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC)
+        s2 = load_tile(s_rows, p0 + POSITIONS, p2, mask2, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC)
+        t2 = load_tile(t_rows, p0 + POSITIONS, p2, mask2, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC)
         g1 = (s1 - s_mean) * s_factor - (t1 - t_mean) * t_factor
         g2 = (s2 - s_mean) * s_factor - (t2 - t_mean) * t_factor
-        store_tile(g_rows, p1, mask1, W, g_h, g_w, ORDER, G_MODE, g1, S_TYPE)
-        store_tile(g_rows, p2, mask2, W, g_h, g_w, ORDER, G_MODE, g2, S_TYPE)
+        store_tile(g_rows, p0, p1, mask1, W, g_h, g_w, ORDER, G_MODE, POSITIONS, g1, S_TYPE)
+        store_tile(g_rows, p0 + POSITIONS, p2, mask2, W, g_h, g_w, ORDER, G_MODE, POSITIONS, g2, S_TYPE)
 
 
 @triton.jit(do_not_specialize=["go_stride", "total_channels", "chunk", "weight"])

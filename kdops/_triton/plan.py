@@ -137,7 +137,7 @@ def _group(
     indices: tuple[int, ...], levels: list[tuple[Map, ...]], offsets: list[int], order: int, acc: torch.dtype
 ) -> Group:
     shapes = tuple(level[0].shape for level in levels)
-    per_thread = _PER_THREAD if acc == torch.float32 else _PER_THREAD // 2
+    per_thread = _PER_THREAD if acc == torch.float32 else _PER_THREAD // 4
     if order == 1:
         per_thread = min(per_thread, 16 // max(x.dtype.itemsize for x in levels[0]))
     tiling = plan_tiles(shapes, order, per_thread * 32 * WARPS)
@@ -175,7 +175,8 @@ def plan_tiles(shapes: tuple[tuple[int, ...], ...], order: int, tile: int) -> Ti
     """Tile sizes that waste few lanes, and a chunk that gives enough programs. order 0: NCHW, 1: channels_last."""
     maps = [(n, c, h * w) for n, c, h, w in shapes]
     if order == 0:
-        candidates = [size for size in (1024, 512, 256, 128, 64, 32, 16) if size <= tile]
+        # Two rows at least: Triton 3.9 fails on alignment hints for tensors of one element.
+        candidates = [size for size in (512, 256, 128, 64, 32, 16) if size <= tile // 2]
         positions = _fitting(candidates, [(p, n * c) for n, c, p in maps])
         rows = tile // positions
     else:
@@ -196,7 +197,7 @@ def plan_tiles(shapes: tuple[tuple[int, ...], ...], order: int, tile: int) -> Ti
         chunk=chunk,
         programs=max(row_blocks(n, c) * k for (n, c, _), k in zip(maps, splits)),
         parts=tuple(n * c * k for (n, c, _), k in zip(maps, splits)),
-        wide=any(p + chunk >= 2**31 for _, _, p in maps),
+        wide=any(p + chunk >= 2**31 - 2**16 for _, _, p in maps),
     )
 
 

@@ -194,32 +194,33 @@ def position_strides(level, WHICH: tl.constexpr, ORDER: tl.constexpr, MODE: tl.c
 
 
 @triton.jit
-def position_offsets(p, W, stride_h, stride_w, ORDER: tl.constexpr, MODE: tl.constexpr):
-    """[1, POSITIONS] offsets of positions within a row, in int64."""
-    if MODE >= 2:
-        if ORDER == 0 and MODE == 3:
-            offset = p.to(tl.int64)
-        else:
-            offset = p.to(tl.int64) * stride_w
+def _tile_pointers(rows, p0, p, W, stride_h, stride_w, ORDER: tl.constexpr, MODE: tl.constexpr,
+                   POSITIONS: tl.constexpr):  # fmt: skip
+    """[ROWS, POSITIONS] pointers to positions p = p0.. of each row; the part common to a tile is added first."""
+    if ORDER == 0 and MODE == 3:
+        return (rows + p0) + tl.expand_dims(tl.arange(0, POSITIONS), 0)
+    elif MODE >= 2:
+        return rows + tl.expand_dims(p.to(tl.int64) * stride_w, 0)
     else:
         h = p // W.to(p.dtype)
         w = p - h * W.to(p.dtype)
-        offset = h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w
-    return tl.expand_dims(offset, 0)
+        return rows + tl.expand_dims(h.to(tl.int64) * stride_h + w.to(tl.int64) * stride_w, 0)
 
 
 @triton.jit
-def load_tile(rows, p, mask, W, stride_h, stride_w, ORDER: tl.constexpr, MODE: tl.constexpr, ACC: tl.constexpr):
-    return tl.load(rows + position_offsets(p, W, stride_h, stride_w, ORDER, MODE), mask=mask, other=0.0).to(ACC)
+def load_tile(rows, p0, p, mask, W, stride_h, stride_w, ORDER: tl.constexpr, MODE: tl.constexpr,
+              POSITIONS: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+    pointers = _tile_pointers(rows, p0, p, W, stride_h, stride_w, ORDER, MODE, POSITIONS)
+    return tl.load(pointers, mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
-def store_tile(rows, p, mask, W, stride_h, stride_w, ORDER: tl.constexpr, MODE: tl.constexpr, value,
-               TYPE: tl.constexpr):  # fmt: skip
+def store_tile(rows, p0, p, mask, W, stride_h, stride_w, ORDER: tl.constexpr, MODE: tl.constexpr,
+               POSITIONS: tl.constexpr, value, TYPE: tl.constexpr):  # fmt: skip
     if TYPE == tl.bfloat16:  # no direct conversion from double precision everywhere
         value = value.to(tl.float32)
-    value = value.to(TYPE)
-    tl.store(rows + position_offsets(p, W, stride_h, stride_w, ORDER, MODE), value, mask=mask)
+    pointers = _tile_pointers(rows, p0, p, W, stride_h, stride_w, ORDER, MODE, POSITIONS)
+    tl.store(pointers, value.to(TYPE), mask=mask)
 
 
 @triton.jit
