@@ -100,10 +100,10 @@ def _gradient(level, stats, go, go_stride, total_rows, chunk, weight, tau,
         p2, inside2 = positions(p0 + POSITIONS, end, ORDER, VEC, POSITIONS)
         mask1, mask2 = exists & inside, exists & inside2
         # Both tiles are loaded before either is stored: the compiler may not move a load over a store.
-        s1 = load_tile(s_rows, p0, p1, mask1, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC)
-        t1 = load_tile(t_rows, p0, p1, mask1, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC)
-        s2 = load_tile(s_rows, p0 + POSITIONS, p2, mask2, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC)
-        t2 = load_tile(t_rows, p0 + POSITIONS, p2, mask2, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC)
+        s1 = load_tile(s_rows, p0, p1, mask1, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC, 0.0)
+        t1 = load_tile(t_rows, p0, p1, mask1, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, 0.0)
+        s2 = load_tile(s_rows, p0 + POSITIONS, p2, mask2, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC, 0.0)
+        t2 = load_tile(t_rows, p0 + POSITIONS, p2, mask2, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, 0.0)
         g1 = s_factor * exp_scaled((s1 - s_max) * s_k) - t_factor * exp_scaled((t1 - t_max) * t_k)
         g2 = s_factor * exp_scaled((s2 - s_max) * s_k) - t_factor * exp_scaled((t2 - t_max) * t_k)
         if NORMALISED:

@@ -29,7 +29,6 @@ from kdops._triton.tiles import (
     ROW0,
     STUDENT,
     TEACHER,
-    UNROLL,
     W_FIELD,
     as_double,
     bounds,
@@ -49,6 +48,7 @@ MEAN_S, R_S, R_T, Q_S = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.co
 MAX_S, MAX_T, Z_S, Z_T, DOT = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
 _INF = tl.constexpr(float("inf"))
 _NAN = tl.constexpr(float("nan"))
+_FLOOR = tl.constexpr(-3.0e38)
 
 
 @triton.jit
@@ -74,13 +74,14 @@ def _moments(level, parts, total_parts, chunk,
     t_max = tl.full([ROWS, POSITIONS], -_INF, ACC)
     count = tl.zeros([1, 1], ACC)
     begin, end = bounds(start, stop, WIDE)
+    UNROLL: tl.constexpr = 2 if VEC > 1 else 1  # tiles whose loads are in flight together
     for p0 in range(begin, end, POSITIONS * UNROLL):
         for u in tl.static_range(UNROLL):
             first = p0 + u * POSITIONS
             p, inside = positions(first, end, ORDER, VEC, POSITIONS)
             mask = exists & inside
-            s = load_tile(s_rows, first, p, mask, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC)
-            t = load_tile(t_rows, first, p, mask, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC)
+            s = load_tile(s_rows, first, p, mask, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC, 0.0)
+            t = load_tile(t_rows, first, p, mask, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, 0.0)
             count += 1.0
             s_mean, s_m2 = welford(s, mask, s_mean, s_m2, 1.0 / count)
             t_mean, t_m2 = welford(t, mask, t_mean, t_m2, 1.0 / count)
@@ -195,13 +196,14 @@ def _sums(level, unit, stats, losses, parts, total_rows, total_parts, chunk, wei
     st = tl.zeros([ROWS, POSITIONS], ACC)
     divergence = tl.zeros([ROWS, POSITIONS], ACC)
     begin, end = bounds(start, stop, WIDE)
+    UNROLL: tl.constexpr = 2 if VEC > 1 else 1  # tiles whose loads are in flight together
     for p0 in range(begin, end, POSITIONS * UNROLL):
         for u in tl.static_range(UNROLL):
             first = p0 + u * POSITIONS
             p, inside = positions(first, end, ORDER, VEC, POSITIONS)
             mask = exists & inside
-            s = load_tile(s_rows, first, p, mask, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC) - s_max
-            t = load_tile(t_rows, first, p, mask, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC) - t_max
+            s = load_tile(s_rows, first, p, mask, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC, 0.0) - s_max
+            t = load_tile(t_rows, first, p, mask, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, 0.0) - t_max
             s_exp = tl.where(mask, exp_scaled(s * exp_scale(s_k)), 0.0)
             t_exp = tl.where(mask, exp_scaled(t * exp_scale(t_k)), 0.0)
             z_s += s_exp
@@ -269,8 +271,9 @@ def _online(level, stats, losses, parts, total_rows, total_parts, chunk, weight,
     k = (1.0 / as_double(tau)).to(ACC)
     s_ref = tl.load(s_rows, mask=exists, other=0.0).to(ACC)
     t_ref = tl.load(t_rows, mask=exists, other=0.0).to(ACC)
-    s_max = tl.full([ROWS, POSITIONS], -_INF, ACC)
-    t_max = tl.full([ROWS, POSITIONS], -_INF, ACC)
+    # Finite, so that a lane without an element adds exp(-inf - _FLOOR) = 0 and not a NaN.
+    s_max = tl.full([ROWS, POSITIONS], _FLOOR, ACC)
+    t_max = tl.full([ROWS, POSITIONS], _FLOOR, ACC)
     z_s = tl.zeros([ROWS, POSITIONS], ACC)
     z_t = tl.zeros([ROWS, POSITIONS], ACC)
     difference = tl.zeros([ROWS, POSITIONS], ACC)  # sum of e_T ((t - t_ref) - (s - s_ref))
@@ -278,18 +281,17 @@ def _online(level, stats, losses, parts, total_rows, total_parts, chunk, weight,
     for p0 in range(begin, end, POSITIONS):  # not unrolled: it has the most to keep in registers
         p, inside = positions(p0, end, ORDER, VEC, POSITIONS)
         mask = exists & inside
-        s = load_tile(s_rows, p0, p, mask, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC)
-        t = load_tile(t_rows, p0, p, mask, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC)
+        s = load_tile(s_rows, p0, p, mask, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC, -_INF)
+        t = load_tile(t_rows, p0, p, mask, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, -_INF)
         # One exponential either rescales the sum to a new maximum or adds the element to it.
         s_exp = exp_scaled(-tl.abs(s - s_max) * exp_scale(k))
         t_exp = exp_scaled(-tl.abs(t - t_max) * exp_scale(k))
-        d = (t - t_ref) - (s - s_ref)
-        t_rises = t > t_max
-        z_s = tl.where(mask, tl.where(s > s_max, z_s * s_exp + 1.0, z_s + s_exp), z_s)
-        z_t = tl.where(mask, tl.where(t_rises, z_t * t_exp + 1.0, z_t + t_exp), z_t)
-        difference = tl.where(mask, tl.where(t_rises, difference * t_exp + d, difference + t_exp * d), difference)
-        s_max = tl.maximum(s_max, tl.where(mask, s, -_INF))
-        t_max = tl.maximum(t_max, tl.where(mask, t, -_INF))
+        d = tl.where(mask, (t - t_ref) - (s - s_ref), 0.0)
+        z_s = tl.where(s > s_max, z_s * s_exp + 1.0, z_s + s_exp)
+        z_t = tl.where(t > t_max, z_t * t_exp + 1.0, z_t + t_exp)
+        difference = tl.where(t > t_max, difference * t_exp + d, difference + t_exp * d)
+        s_max = tl.maximum(s_max, s)
+        t_max = tl.maximum(t_max, t)
     s_top = tl.expand_dims(tl.max(s_max, 1), 1)
     t_top = tl.expand_dims(tl.max(t_max, 1), 1)
     s_lane = tl.where(s_max == s_top, 1.0, exp_scaled((s_max - s_top) * exp_scale(k)))

@@ -26,7 +26,6 @@ from kdops._triton.tiles import (
     PART0,
     STUDENT,
     TEACHER,
-    UNROLL,
     W_FIELD,
     as_double,
     bounds,
@@ -68,13 +67,14 @@ def _moments(level, parts, total_parts, chunk,
     dd = tl.zeros([ROWS, POSITIONS], ACC)
     count = tl.zeros([1, 1], ACC)
     begin, end = bounds(start, stop, WIDE)
+    UNROLL: tl.constexpr = 2 if VEC > 1 else 1  # tiles whose loads are in flight together
     for p0 in range(begin, end, POSITIONS * UNROLL):
         for u in tl.static_range(UNROLL):
             first = p0 + u * POSITIONS
             p, inside = positions(first, end, ORDER, VEC, POSITIONS)
             mask = exists & inside
-            s = load_tile(s_rows, first, p, mask, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC)
-            t = load_tile(t_rows, first, p, mask, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC)
+            s = load_tile(s_rows, first, p, mask, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC, 0.0)
+            t = load_tile(t_rows, first, p, mask, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, 0.0)
             count += 1.0
             s_step = tl.where(mask, s - s_mean, 0.0)
             t_step = tl.where(mask, t - t_mean, 0.0)
@@ -192,10 +192,10 @@ def _gradient(level, stats, go, go_stride, total_channels, chunk, weight,
         p2, inside2 = positions(p0 + POSITIONS, end, ORDER, VEC, POSITIONS)
         mask1, mask2 = exists & inside1, exists & inside2
         # Both tiles are loaded before either is stored: the compiler may not move a load over a store.
-        s1 = load_tile(s_rows, p0, p1, mask1, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC)
-        t1 = load_tile(t_rows, p0, p1, mask1, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC)
-        s2 = load_tile(s_rows, p0 + POSITIONS, p2, mask2, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC)
-        t2 = load_tile(t_rows, p0 + POSITIONS, p2, mask2, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC)
+        s1 = load_tile(s_rows, p0, p1, mask1, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC, 0.0)
+        t1 = load_tile(t_rows, p0, p1, mask1, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, 0.0)
+        s2 = load_tile(s_rows, p0 + POSITIONS, p2, mask2, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC, 0.0)
+        t2 = load_tile(t_rows, p0 + POSITIONS, p2, mask2, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, 0.0)
         g1 = (s1 - s_mean) * s_factor - (t1 - t_mean) * t_factor
         g2 = (s2 - s_mean) * s_factor - (t2 - t_mean) * t_factor
         store_tile(g_rows, p0, p1, mask1, W, g_h, g_w, ORDER, G_MODE, POSITIONS, g1, S_TYPE)

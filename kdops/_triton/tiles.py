@@ -23,7 +23,6 @@ STRIDES = tl.constexpr(12)
 LEVEL_FIELDS = tl.constexpr(24)
 FIELDS_PER_LEVEL = 24
 LEVELS_PER_FILL = 4
-UNROLL = tl.constexpr(2)  # tiles per step of a loop: their loads are in flight together
 _HALF = tl.constexpr(32)  # two numbers travel in one argument
 
 _FILL_ARGUMENTS = [f"{name}{i}" for i in range(LEVELS_PER_FILL) for name in ("s", "t", "g", "nc", "hw", "rk", "part")]
@@ -209,9 +208,9 @@ def _tile_pointers(rows, p0, p, W, stride_h, stride_w, ORDER: tl.constexpr, MODE
 
 @triton.jit
 def load_tile(rows, p0, p, mask, W, stride_h, stride_w, ORDER: tl.constexpr, MODE: tl.constexpr,
-              POSITIONS: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+              POSITIONS: tl.constexpr, ACC: tl.constexpr, other):  # fmt: skip
     pointers = _tile_pointers(rows, p0, p, W, stride_h, stride_w, ORDER, MODE, POSITIONS)
-    return tl.load(pointers, mask=mask, other=0.0).to(ACC)
+    return tl.load(pointers, mask=mask, other=other).to(ACC)
 
 
 @triton.jit
