@@ -28,6 +28,19 @@ def without_extension(reason: str) -> dict:
     return {}
 
 
+def find_cuda() -> None:
+    """Helps PyTorch past an nvcc that is a link or a script elsewhere, and to a list of GPUs where none is seen."""
+    import torch
+
+    nvcc = shutil.which("nvcc")
+    beside = nvcc and os.path.exists(os.path.join(os.path.dirname(os.path.dirname(nvcc)), "include", "cuda_runtime.h"))
+    if nvcc and not beside and os.path.exists("/usr/local/cuda/include/cuda_runtime.h"):
+        os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")
+    if not torch.cuda.is_available():  # else PyTorch builds for the GPUs it sees
+        newest = tuple(map(int, (torch.version.cuda or "0.0").split("."))) >= (12, 8)
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX" if newest else "8.0+PTX;9.0a")
+
+
 def cuda_sources() -> tuple[list[str], str]:
     """The CUDA sources to build, and the reason for none."""
     import torch
@@ -48,6 +61,8 @@ def cuda_sources() -> tuple[list[str], str]:
 def extension_arguments() -> dict:
     try:
         import torch
+
+        find_cuda()
         from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
     except ImportError:
         return without_extension("PyTorch is not importable at build time (use --no-build-isolation)")
@@ -74,7 +89,7 @@ def extension_arguments() -> dict:
     if from_cuda:
         say(f"building kdops._C with CPU and CUDA {torch.version.cuda} kernels")
         flags["cxx"].append(f"-DKDOPS_CUDA={torch.version.cuda}")
-        flags["nvcc"] = ["-O3"]
+        flags["nvcc"] = ["-O3", "--threads=2"]
         extension = CUDAExtension("kdops._C", sources + from_cuda, include_dirs=["csrc"], extra_compile_args=flags, depends=headers)
     else:
         say(f"building kdops._C with CPU kernels; without CUDA kernels, as {reason}")

@@ -54,10 +54,10 @@ RULES = (
     Rule(Path.BLOCK, frozenset(), "a channel of both maps fits one block: 6 bytes instead of 14"),
     Rule(Path.CLUSTER, frozenset(), "a channel fits the blocks of a cluster: 6 bytes instead of 14"),
     Rule(Path.WAVES, frozenset(), "later visits find a channel in the L2 cache: 6 of 14 bytes from memory"),
-    Rule(Path.CHANNELS_LAST, frozenset(), "the 14 bytes that Triton's kernels move too; fewer launches without a table"),
+    Rule(Path.CHANNELS_LAST, frozenset(), "14 bytes, as Triton's kernels move them, without a table to fill"),
 )
 _LOSSES = ("cwd_loss", "pkd_loss")
-_forced: list[Path] = []
+_forced: list[tuple[Path, bool]] = []
 _operators = torch.ops.kdops
 
 
@@ -77,7 +77,7 @@ def refusal(loss: str, path: Path, student: Sequence[Tensor], teacher: Sequence[
 def choose(loss: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Path:
     """The path that serves a call: the forced one, the first rule's that holds, or Triton's."""
     if _forced:
-        return _forced[-1]
+        return _forced[-1][0]
     if any(rule.faster_on for rule in RULES):
         major, minor = torch.cuda.get_device_capability(student[0].device)
         for rule in RULES:
@@ -87,13 +87,18 @@ def choose(loss: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> P
 
 
 @contextmanager
-def forced(path: Path) -> Iterator[None]:
+def forced(path: Path, gradient_in_forward: bool = False) -> Iterator[None]:
     """All calls take ``path``, in every thread (a backward runs in autograd's own); a call that it refuses raises."""
-    _forced.append(path)
+    _forced.append((path, gradient_in_forward))
     try:
         yield
     finally:
         _forced.pop()
+
+
+def gradient_in_forward() -> bool:
+    """Whether a forced path is to compute the gradient in the forward."""
+    return bool(_forced) and _forced[-1][1]
 
 
 def routed(loss: str, function: str, triton: Callable) -> Callable:

@@ -221,6 +221,8 @@ def accumulation_dtype(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> 
 def _what_to_save(student: Sequence[Tensor], reduction: int) -> Save:
     if not (torch.is_grad_enabled() and any(s.requires_grad for s in student)):
         return Save.NOTHING
+    if _cuda.gradient_in_forward() and reduction != 2:
+        return Save.STATS if any(s.dtype == torch.float16 for s in student) else Save.GRADS
     in_forward = student[0].device.type == "cpu" and reduction != 2
     return Save.GRADS if in_forward and all(s.dtype.itemsize >= 4 for s in student) else Save.STATS
 

@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("80", "90a", "100")
 REGISTERS = 65536  # of a multiprocessor
 THREADS = 256
-# Blocks that a multiprocessor is to hold at once: two of a channel's, so that one loads while the other computes.
-PLANNED_BLOCKS = {"channels": 2, "merge": 2}
+# Blocks that a multiprocessor is to hold at once, so that some load while others compute; four but for these.
+PLANNED_BLOCKS = {"channels": 3, "backward": 3, "merge": 2}
 KERNELS = {f"{loss}_{k}" for loss in ("cwd", "pkd") for k in ("channels", "backward", "lane_moments", "lane_gradient")}
 KERNELS |= {"cwd_lane_merge", "cwd_lane_sums", "cwd_lane_finish", "pkd_lane_merge"}
 

@@ -102,13 +102,13 @@ class PkdChannel {
 };
 
 template <class T, bool kOnChip>
-KDOPS_KERNEL(kThreads, 2) pkd_channels(KDOPS_PARAMETER Problem p) {
+KDOPS_KERNEL(kThreads, 3) pkd_channels(KDOPS_PARAMETER Problem p) {
   PkdChannel<T, kOnChip>(p).run();
 }
 
 // The gradient from saved statistics: one pass. A warp takes one piece of a row.
 template <class T>
-KDOPS_KERNEL(kThreads, 4) pkd_backward(KDOPS_PARAMETER Problem p) {
+KDOPS_KERNEL(kThreads, 3) pkd_backward(KDOPS_PARAMETER Problem p) {
   const int unit = device::block() / p.group, part = device::block() % p.group;
   const Level& level = level_of(p, unit);
   const int c = unit - level.first_unit, step = p.group * device::warps();

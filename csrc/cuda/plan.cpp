@@ -12,6 +12,7 @@ namespace {
 constexpr int kWarps = kThreads / kLanes;
 constexpr int kMostPieces = 512;      // of a channel, so that their table stays small
 constexpr int kPieceOverhead = 3;     // of a piece, in steps of a warp: reductions and prologues
+constexpr int kResidentInWaves = 3;   // blocks of a multiprocessor, by their registers
 constexpr int kReservedShared = 1024;  // bytes that the system takes from each block
 constexpr double kShareOfL2 = 0.45;   // for maps that are to be found there again; gradients pass through the rest
 
@@ -94,7 +95,7 @@ Launch plan_waves(Problem& p, const LossKernels& kernels) {
     p.level[i].splits = std::max(1, kMostPieces / level.batch);  // for the largest table that may come
   }
   const int bytes = shared_bytes(p, kernels, false);
-  const int resident = std::min(2, resident_blocks(kernels.in_waves, kThreads, bytes));
+  const int resident = std::min(kResidentInWaves, resident_blocks(kernels.in_waves, kThreads, bytes));
   if (resident == 0) refuse("the table of a channel's images does not fit on chip");
   const int blocks = resident * device.multiprocessors;
   const int64_t in_cache = static_cast<int64_t>(kShareOfL2 * device.l2_bytes) / channel_bytes;
