@@ -1,6 +1,7 @@
 # Every target sets up what it needs in .venv (OpenMMLab's in .venv-openmmlab) and runs there.
 PYTHON ?= python3
 VENV := .venv
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 PIP := $(VENV)/bin/pip install --disable-pip-version-check -q
 # What is installed as "torch": another version or index line for those who want one.
 TORCH ?= torch torchvision

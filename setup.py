@@ -90,7 +90,9 @@ def extension_arguments() -> dict:
         say(f"building kdops._C with CPU and CUDA {torch.version.cuda} kernels")
         flags["cxx"].append(f"-DKDOPS_CUDA={torch.version.cuda}")
         flags["nvcc"] = ["-O3", "--threads=2"]
-        extension = CUDAExtension("kdops._C", sources + from_cuda, include_dirs=["csrc"], extra_compile_args=flags, depends=headers)
+        extension = CUDAExtension(
+            "kdops._C", sources + from_cuda, include_dirs=["csrc"], extra_compile_args=flags, depends=headers
+        )
     else:
         say(f"building kdops._C with CPU kernels; without CUDA kernels, as {reason}")
         extension = CppExtension("kdops._C", sources, extra_compile_args=flags["cxx"], depends=headers)

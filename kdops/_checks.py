@@ -111,7 +111,9 @@ def _check_map(where: str, name: str, x: Any) -> None:
     if x.dtype not in DTYPES:
         raise TypeError(f"{where}{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.dim() != 4:
-        raise ValueError(f"{where}{name} must have 4 dimensions (N, C, H, W), got {x.dim()} with shape {tuple(x.shape)}")
+        raise ValueError(
+            f"{where}{name} must have 4 dimensions (N, C, H, W), got {x.dim()} with shape {tuple(x.shape)}"
+        )
     if x.numel() == 0:
         raise ValueError(f"{where}{name} must not be empty, got shape {tuple(x.shape)}")
 

@@ -8,8 +8,8 @@ Where the gradient is computed. `Save.STATS`: the forward keeps a few statistics
 gradient from them, student and teacher. `Save.GRADS`: the forward computes the gradient while a channel is still in
 the cache, and the backward only multiplies it by grad_output. On a CPU the second reads the maps from memory once, so
 it is taken wherever it gives the same numbers: not for reduction "none" (grad_output differs per row) and not for
-half precision (fp16 gradients underflow before a GradScaler's factor reaches them, bf16 would round twice). On a GPU the streaming kernels move the
-same bytes either way, so the first is taken.
+half precision (fp16 gradients underflow before a GradScaler's factor reaches them, bf16 would round twice). On a GPU
+the streaming kernels move the same bytes either way, so the first is taken.
 """
 
 from __future__ import annotations
@@ -54,7 +54,9 @@ class FusedLoss:
     def __init__(self, name: str, parameters: str, fields: int, units: Callable[[Tensor], int]) -> None:
         self.name, self.fields, self.units = name, fields, units
         maps = "Tensor[] student, Tensor[] teacher"
-        library.define(f"{name}({maps}, {parameters}, int reduction, int save) -> (Tensor loss, Tensor stats, Tensor[] grads)")
+        library.define(
+            f"{name}({maps}, {parameters}, int reduction, int save) -> (Tensor loss, Tensor stats, Tensor[] grads)"
+        )
         library.define(
             f"{name}_backward(Tensor grad_output, {maps}, Tensor stats, {parameters}, int reduction) -> Tensor[]"
         )
@@ -79,7 +81,9 @@ class FusedLoss:
         anchor = (_Anchor.apply(*student),) if save == Save.GRADS else ()
         return _Eager.apply(self, parameters, save, anchor, *student, *teacher)
 
-    def _fake_forward(self, student: list[Tensor], teacher: list[Tensor], *args: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def _fake_forward(
+        self, student: list[Tensor], teacher: list[Tensor], *args: Any
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
         *_, reduction, save = args
         units = sum(self.units(s) for s in student)
         like = student[0]
@@ -109,7 +113,9 @@ class _Eager(torch.autograd.Function):
     """The short way of eager calls: kernels below autograd, one node for all levels."""
 
     @staticmethod
-    def forward(ctx: Any, op: FusedLoss, parameters: tuple, save: Save, anchor: tuple[Tensor, ...], *maps: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, op: FusedLoss, parameters: tuple, save: Save, anchor: tuple[Tensor, ...], *maps: Tensor
+    ) -> Tensor:
         levels = len(maps) // 2
         with torch._C._AutoDispatchBelowAutograd():
             loss, stats, grads = op.forward(list(maps[:levels]), list(maps[levels:]), *parameters, save)
@@ -175,7 +181,9 @@ def resolve(loss: str, backend: str, device: torch.device) -> str:
     if backend == "fused":
         raise RuntimeError(f'{loss}: backend="fused" has no kernel for device {device}: {reason}')
     if device.type == "cuda":
-        raise RuntimeError(f'{loss}: no kernel for device {device}: {reason}. Ask for backend="reference" to run without it')
+        raise RuntimeError(
+            f'{loss}: no kernel for device {device}: {reason}. Ask for backend="reference" to run without it'
+        )
     _say_once(f"kdops: running the eager reference on {device.type}, as {reason}")
     return "reference"
 

@@ -143,4 +143,6 @@ class PKDLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"loss_weight={self.loss_weight}, norm={self.norm!r}, resize={self.resize!r}, reduction={self.reduction!r}"
+        return (
+            f"loss_weight={self.loss_weight}, norm={self.norm!r}, resize={self.resize!r}, reduction={self.reduction!r}"
+        )

@@ -22,7 +22,9 @@ CASES = [
 
 
 def total(value):
-    return sum((v * torch.linspace(0.5, 2.0, v.numel(), device=v.device).view(v.shape)).sum() for v in testing.as_list(value))
+    return sum(
+        (v * torch.linspace(0.5, 2.0, v.numel(), device=v.device).view(v.shape)).sum() for v in testing.as_list(value)
+    )
 
 
 def oracle_of_total(case, student, teacher):
@@ -129,7 +131,9 @@ def test_create_graph_alone_does_not_raise(case):
 
 def test_reference_has_a_second_derivative():
     student, teacher = testing.Case("cwd_loss", {"norm": "batch"}, ((2, 3, 4, 5),)).inputs()
-    (grad,) = torch.autograd.grad(kdops.cwd_loss(student, teacher, norm="batch", backend="reference"), student, create_graph=True)
+    (grad,) = torch.autograd.grad(
+        kdops.cwd_loss(student, teacher, norm="batch", backend="reference"), student, create_graph=True
+    )
     (second,) = torch.autograd.grad(grad.square().sum(), student)
     assert second.any()
 

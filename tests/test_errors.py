@@ -44,7 +44,9 @@ def test_levels(loss, name):
         loss([], [])
     with refused(TypeError, name, "student and teacher must both be tensors or both be lists .* got Tensor and list"):
         loss(maps(), [maps()])
-    with refused(TypeError, name, "student and teacher must both be tensors or both be lists .* got ndarray and Tensor"):
+    with refused(
+        TypeError, name, "student and teacher must both be tensors or both be lists .* got ndarray and Tensor"
+    ):
         loss(maps().numpy(), maps())
     with refused(TypeError, name, "level 1: teacher must be a tensor, got NoneType"):
         loss([maps(), maps()], [maps(), None])
@@ -94,7 +96,9 @@ def test_one_value_per_channel_without_normalisation():
 
 
 def test_teacher_that_requires_grad(loss, name):
-    with refused(ValueError, name, "teacher must not require grad, .*got requires_grad=True: run the teacher under torch.no_grad"):
+    with refused(
+        ValueError, name, "teacher must not require grad, .*got requires_grad=True: run the teacher under torch.no_grad"
+    ):
         loss(maps(), maps(requires_grad=True))
 
 
@@ -152,7 +156,7 @@ def test_pkd_norm_is_needed():
 def test_resize():
     with refused(ValueError, "pkd_loss", "resize must be one of None, 'student', 'teacher', got True"):
         kdops.pkd_loss(maps(), maps(), resize=True)
-    text = r"student and teacher must have the same batch size and number of channels, got \(2, 3, 4, 5\) and \(2, 4, 8, 9\)"
+    text = r"student and teacher must have the same batch size and number of channels, got \(2, 3, 4, 5\) and"
     with refused(ValueError, "pkd_loss", text):
         kdops.pkd_loss(maps(), maps(2, 4, 8, 9), resize="student")
     with refused(ValueError, "pkd_loss", "norm='pkd' needs more than one value per channel"):
@@ -175,7 +179,9 @@ def test_modules_check_when_they_are_made(module):
 
 
 def test_no_kernel_for_a_device(name):
-    with pytest.raises(RuntimeError, match=f'{name}: backend="fused" has no kernel for device meta: kdops has kernels for'):
+    with pytest.raises(
+        RuntimeError, match=f'{name}: backend="fused" has no kernel for device meta: kdops has kernels for'
+    ):
         LOSSES[name](maps().to("meta"), maps().to("meta"), backend="fused")
 
 
@@ -183,12 +189,16 @@ def test_missing_extension_is_said_once(name, monkeypatch):
     monkeypatch.setattr(_op._extension, "extension", None)
     monkeypatch.setattr(_op, "_said", set())
     student, teacher = maps(requires_grad=True), maps()
-    with pytest.warns(UserWarning, match="running the eager reference on cpu, as the extension kdops._C was not built") as said:
+    with pytest.warns(
+        UserWarning, match="running the eager reference on cpu, as the extension kdops._C was not built"
+    ) as said:
         first = LOSSES[name](student, teacher)
         second = LOSSES[name](student, teacher)
     assert len(said) == 1
     assert torch.equal(first, LOSSES[name](student, teacher, backend="reference")) and torch.equal(first, second)
-    with pytest.raises(RuntimeError, match=f'{name}: backend="fused" has no kernel for device cpu: the extension kdops._C was not'):
+    with pytest.raises(
+        RuntimeError, match=f'{name}: backend="fused" has no kernel for device cpu: the extension kdops._C was not'
+    ):
         LOSSES[name](student, teacher, backend="fused")
 
 

@@ -55,7 +55,9 @@ def test_same_bits_on_every_run_and_thread_count(loss, instruction_set):
 def test_large_maps(loss, mean, layout, poisoned):
     """Long rows and many of them, where the error of a sum would grow."""
     for options in testing.LOSSES[loss][1]:
-        testing.check(testing.Case(loss, options, ((2, 24, 152, 100),), student_layout=layout, teacher_layout=layout, mean=mean))
+        testing.check(
+            testing.Case(loss, options, ((2, 24, 152, 100),), student_layout=layout, teacher_layout=layout, mean=mean)
+        )
 
 
 @pytest.mark.parametrize("loss", testing.LOSSES)

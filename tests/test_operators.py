@@ -27,7 +27,11 @@ def test_opcheck_forward(loss, save, reduction, layout, device):
     args = arguments(loss, torch.float32, save, reduction, layout)
     if save == Save.NOTHING:
         args = ([s.detach() for s in args[0]], *args[1:])
-    args = ([s.detach().to(device).requires_grad_(s.requires_grad) for s in args[0]], [t.to(device) for t in args[1]], *args[2:])
+    args = (
+        [s.detach().to(device).requires_grad_(s.requires_grad) for s in args[0]],
+        [t.to(device) for t in args[1]],
+        *args[2:],
+    )
     torch.library.opcheck(getattr(torch.ops.kdops, loss).default, args)
 
 
@@ -41,9 +45,15 @@ def test_opcheck_backward(loss):
 
 
 def test_opcheck_scale_gradients():
-    grads = [torch.randn(2, 3), torch.randn(4).bfloat16(), torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)]
+    grads = [
+        torch.randn(2, 3),
+        torch.randn(4).bfloat16(),
+        torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    ]
     torch.library.opcheck(torch.ops.kdops.scale_gradients.default, (grads, torch.tensor(0.37)))
-    if hasattr(torch._C._autograd, "_get_current_graph_task_keep_graph"):  # PyTorch 2.4 cannot, and kdops does not use it
+    if hasattr(
+        torch._C._autograd, "_get_current_graph_task_keep_graph"
+    ):  # PyTorch 2.4 cannot, and kdops does not use it
         torch.library.opcheck(torch.ops.kdops.scale_gradients_.default, (grads, torch.tensor(0.37)))
 
 
@@ -64,7 +74,9 @@ def test_scale_gradients(dtype, instruction_set, poisoned):
 def test_gradcheck(loss, layout):
     for options in testing.LOSSES[loss][1]:
         for reduction in ("mean", "none"):
-            case = testing.Case(loss, options, ((2, 3, 3, 4),), torch.float64, torch.float64, layout, layout, reduction=reduction)
+            case = testing.Case(
+                loss, options, ((2, 3, 3, 4),), torch.float64, torch.float64, layout, layout, reduction=reduction
+            )
             student, teacher = case.inputs()
             if layout == "expanded":  # gradcheck perturbs in place
                 student = student.detach().contiguous().requires_grad_()
@@ -85,7 +97,9 @@ def test_compile_fullgraph(loss, reduction, dtype, device):
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True)
     for size in (16, 20, 24):
-        case = testing.Case(loss, options, ((2, 8, size, size + 3), (2, 8, size // 2, size)), dtype, dtype, reduction=reduction)
+        case = testing.Case(
+            loss, options, ((2, 8, size, size + 3), (2, 8, size // 2, size)), dtype, dtype, reduction=reduction
+        )
         student, teacher = case.inputs(device)
         weight = torch.tensor(512.0, device=device)
         expected = step(student, teacher, weight)
@@ -101,7 +115,9 @@ def test_compile_inside_a_model():
     """A student with align, loss and a weight that changes per step, compiled as one graph."""
     torch._dynamo.reset()
     torch.manual_seed(0)
-    student = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 16, 1, bias=False))
+    student = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.ReLU(), torch.nn.Conv2d(8, 16, 1, bias=False)
+    )
     image, teacher = torch.randn(2, 3, 12, 12), torch.randn(2, 16, 12, 12)
 
     def step(image, teacher, loss_weight):

@@ -61,7 +61,10 @@ def test_installs_without_a_compiler(unpacked, tmp_path):
     """The wheel is built, says why it lacks the extension, and its losses run on the CPU."""
     pip = [sys.executable, "-m", "pip", "-v", "install", "--no-build-isolation", "--no-deps", "--no-index"]
     built = run(*pip, "--target", str(tmp_path), str(unpacked), CXX="no-such-compiler")
-    assert "without the extension kdops._C, as the C++ compiler 'no-such-compiler' was not found" in built.stdout + built.stderr
+    assert (
+        "without the extension kdops._C, as the C++ compiler 'no-such-compiler' was not found"
+        in built.stdout + built.stderr
+    )
     code = (
         "import torch, warnings, kdops; warnings.simplefilter('ignore'); print(kdops.__file__);"
         "s = torch.randn(2, 3, 4, 5, requires_grad=True); kdops.cwd_loss(s, s.detach() * 2, norm='batch').backward();"
@@ -78,11 +81,16 @@ def test_a_required_extension_is_not_left_out(unpacked, tmp_path):
     with pytest.raises(subprocess.CalledProcessError) as failed:
         run(sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--target",
             str(tmp_path), str(unpacked), CXX="no-such-compiler", KDOPS_REQUIRE_EXTENSION="1")  # fmt: skip
-    assert "the extension was required, but the C++ compiler 'no-such-compiler' was not found" in failed.value.stderr + failed.value.stdout
+    assert (
+        "the extension was required, but the C++ compiler 'no-such-compiler' was not found"
+        in failed.value.stderr + failed.value.stdout
+    )
 
 
 def test_wheel_holds_integrations(unpacked, tmp_path):
-    code = f"import setuptools.build_meta as b, os; os.chdir({str(unpacked)!r}); print(b.build_wheel({str(tmp_path)!r}))"
+    code = (
+        f"import setuptools.build_meta as b, os; os.chdir({str(unpacked)!r}); print(b.build_wheel({str(tmp_path)!r}))"
+    )
     run(sys.executable, "-c", code, CXX="no-such-compiler")
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()

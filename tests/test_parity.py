@@ -83,7 +83,11 @@ def test_mmrazor_pkd_resize(backend, resize):
         return F.interpolate(x, like.shape[2:], mode="bilinear", align_corners=False)
 
     s, t = (to(student, teacher), teacher) if resize == "student" else (student, to(teacher, student))
-    assert_equal(kdops.pkd_loss(student, teacher, resize=resize, backend=backend), F.mse_loss(pkd_norm(s), pkd_norm(t)) / 2, student)
+    assert_equal(
+        kdops.pkd_loss(student, teacher, resize=resize, backend=backend),
+        F.mse_loss(pkd_norm(s), pkd_norm(t)) / 2,
+        student,
+    )
 
 
 def test_resize_leaves_equal_sizes_alone():

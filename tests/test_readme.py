@@ -36,7 +36,9 @@ def test_both_commands_are_named():
 
 @pytest.mark.parametrize("command", re.findall(r"`kdops ([a-z-]+)", README))
 def test_kdops_commands_exist(command):
-    shown = subprocess.run([sys.executable, "-m", "kdops", command, "--help"], capture_output=True, text=True, check=True)
+    shown = subprocess.run(
+        [sys.executable, "-m", "kdops", command, "--help"], capture_output=True, text=True, check=True
+    )
     assert command in shown.stdout
 
 

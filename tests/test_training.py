@@ -71,7 +71,9 @@ class Student(nn.Module):
 
 def batches():
     generator = torch.Generator().manual_seed(2)
-    return [(torch.randn(4, 3, 8, 8, generator=generator), torch.randn(4, 12, 8, 8, generator=generator)) for _ in range(3)]
+    return [
+        (torch.randn(4, 3, 8, 8, generator=generator), torch.randn(4, 12, 8, 8, generator=generator)) for _ in range(3)
+    ]
 
 
 def train(model, rank=0, ranks=1):
