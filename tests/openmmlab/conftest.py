@@ -11,9 +11,9 @@ else:
     from mmengine.registry import DefaultScope
 
     @pytest.fixture(autouse=True)
-    def scope():
-        """Every test starts from MMRazor's scope, whatever Runner the test before has left behind."""
-        with DefaultScope.overwrite_default_scope("mmrazor"):
+    def scope(request):
+        """Every test starts from its module's SCOPE, whatever Runner the test before has left behind."""
+        with DefaultScope.overwrite_default_scope(getattr(request.module, "SCOPE", "mmengine")):
             yield
 
     @pytest.fixture

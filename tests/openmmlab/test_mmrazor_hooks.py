@@ -19,6 +19,8 @@ import kdops.integrations.mmrazor as kd
 
 STOP = dict(type="mmrazor.KDOpsStopDistillHook", stop_epoch=2)
 
+SCOPE = "mmrazor"
+
 
 class Watch(Hook):
     """Notes what a run does, step by step."""

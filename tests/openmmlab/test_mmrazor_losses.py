@@ -17,6 +17,8 @@ from kdops.integrations.mmrazor.takeover import STOCK_NAMES
 
 DISTILL_CONFIGS = os.path.join(os.path.dirname(mmrazor.__file__), ".mim", "configs", "distill", "mmdet")
 
+SCOPE = "mmrazor"
+
 
 def maps(shape, seed, requires_grad=False):
     generator = torch.Generator().manual_seed(seed)

@@ -16,6 +16,8 @@ SIZE = 128
 DISTILL = ("distill.loss_fpn0", "distill.loss_fpn1", "distill.loss_fpn2")
 CONNECTORS = [f"distiller.connectors.fpn{i}_s.conv_module.conv.weight" for i in range(3)]
 
+SCOPE = "mmrazor"
+
 
 def stock(cfg):
     return recipes.build(cfg.model)

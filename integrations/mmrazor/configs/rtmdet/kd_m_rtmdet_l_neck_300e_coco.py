@@ -1,0 +1,13 @@
+# MMYOLO's recipe of RTMDet-m taught by RTMDet-l, on kdops: same values, no normalised maps in memory.
+_base_ = "mmyolo::rtmdet/distillation/kd_m_rtmdet_l_neck_300e_coco.py"
+custom_imports = dict(imports=["kdops.integrations.mmrazor"])
+
+model = dict(distiller=dict(type="KDOpsDistiller"))
+
+custom_hooks = [
+    *_base_.custom_hooks[:-1],  # all but MMRazor's StopDistillHook
+    dict(type="mmrazor.KDOpsStopDistillHook", stop_epoch=280),
+    dict(type="mmrazor.KDOpsTeacherEvalHook"),
+    dict(type="KDOpsStudentCheckpointHook"),
+]
+find_unused_parameters = False
