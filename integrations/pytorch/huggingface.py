@@ -166,6 +166,7 @@ class _Progress(TrainerCallback):
         self.distiller.set_epoch(int((state.epoch or 0.0) + 1e-6))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.distiller.zero_grad()  # the Trainer forgets the gradients of its model only
         self.distiller.step()
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
