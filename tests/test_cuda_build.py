@@ -1,4 +1,4 @@
-"""The CUDA sources compile and link for real GPUs, without one: no spills, and registers within the planned occupancy."""
+"""The CUDA sources compile and link for real GPUs, without one: no spills, registers within the planned occupancy."""
 
 from __future__ import annotations
 
