@@ -45,13 +45,14 @@ def _bars(
         places = [row + (i - 1) * thickness for row in range(len(workloads))]
         bars = axes.barh(places, heights, thickness, label=provider, color=COLOURS[provider])
         axes.bar_label(bars, [f"{v:.3g}" if v else "" for v in heights], padding=2, fontsize=7)
-    axes.set_yticks(range(len(workloads)), [w.title.replace(", ", "\n", 1) for w in workloads], fontsize=7)
+    axes.set_yticks(range(len(workloads)), [w.title.replace(", ", "\n", 1).replace("+", "\n+ ") for w in workloads], fontsize=7)
     axes.invert_yaxis()
     if log:
         axes.set_xscale("log")
+        axes.set_xlim(left=0.5)
     axes.margins(x=0.1)
     axes.set_xlabel(label)
-    axes.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside upper center", ncols=len(SHOWN), fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     temporary = path.with_name(path.name + ".part")
     figure.savefig(temporary, dpi=130, format="png")
