@@ -90,7 +90,7 @@ def _add_student_checkpoint(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="read a file that holds more than tensors and plain values, as old checkpoints of OpenMMLab do; such a "
+        help="read a file that holds more than tensors and plain values, as checkpoints of OpenMMLab do; such a "
         "file can run any code: only for files from a source that you trust",
     )
     command.set_defaults(run=_student_checkpoint)

@@ -252,7 +252,7 @@ def test_a_class_that_is_not_installed_is_named(tmp_path):
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_STORED) as new:
         for name, data in entries.items():
             new.writestr(name, data.replace(b"fractions", b"mmengines"))
-    with pytest.raises(ValueError, match="cannot be imported here: No module named 'mmengines'"):
+    with pytest.raises(ValueError, match="cannot be imported here .No module named 'mmengines'.: install"):
         student_checkpoint(archive, tmp_path / "s.pth", allow_pickle=True)
 
 

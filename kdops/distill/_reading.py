@@ -32,14 +32,17 @@ def read_checkpoint(path: Path, allow_pickle: bool) -> Mapping[Any, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=not allow_pickle, mmap=zipped)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"student_checkpoint: {path} needs a class that cannot be imported here: {error}") from error
+        raise ValueError(
+            f"student_checkpoint: {path} needs a class that cannot be imported here ({error}): "
+            "install the package that wrote it"
+        ) from error
     except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError, struct.error) as error:
         refused = _REFUSED.search(str(error))
         if allow_pickle or refused is None:
             raise _no_checkpoint(path, _first_sentence(error)) from error
         what = refused["name"] or "a pickle of another kind"
         raise ValueError(
-            f"student_checkpoint: {path} holds more than tensors and plain values ({what}), as old checkpoints of "
+            f"student_checkpoint: {path} holds more than tensors and plain values ({what}), as checkpoints of "
             "OpenMMLab do. Reading it can run any code that is in it: if you trust where it comes from, pass "
             "allow_pickle=True (--allow-pickle)"
         ) from error
