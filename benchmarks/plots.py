@@ -45,7 +45,8 @@ def _bars(
         places = [row + (i - 1) * thickness for row in range(len(workloads))]
         bars = axes.barh(places, heights, thickness, label=provider, color=COLOURS[provider])
         axes.bar_label(bars, [f"{v:.3g}" if v else "" for v in heights], padding=2, fontsize=7)
-    axes.set_yticks(range(len(workloads)), [w.title.replace(", ", "\n", 1).replace("+", "\n+ ") for w in workloads], fontsize=7)
+    titles = [w.title.replace(", ", "\n", 1).replace("+", "\n+ ") for w in workloads]
+    axes.set_yticks(range(len(workloads)), titles, fontsize=7)
     axes.invert_yaxis()
     if log:
         axes.set_xscale("log")
