@@ -95,9 +95,7 @@ def _backends() -> Iterator[tuple[str, str]]:
 
 def _backend(loss: str, device: torch.device) -> Iterator[str]:
     """What ``backend="auto"`` takes, then each alternative and why it is not taken."""
-    reason = _op.unavailable(device)
-    if reason is None and not hasattr(torch.ops.kdops, loss):
-        reason = "this loss has no fused operator"
+    reason = _op.unavailable(device) or _unregistered(loss, device)
     if device.type == "cuda" and not torch.cuda.is_available():
         yield "nothing to run on: PyTorch sees no GPU" + (f"; besides, {reason}" if reason else "")
     elif reason is None:
@@ -109,6 +107,13 @@ def _backend(loss: str, device: torch.device) -> Iterator[str]:
     else:
         yield f"none: {reason}"
         yield 'not the reference (eager PyTorch): backend="reference" asks for it'
+
+
+def _unregistered(loss: str, device: torch.device) -> str | None:
+    """Why the dispatcher has no kernel where there ought to be one, or None where it has."""
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"kdops::{loss}", device.type.upper()):
+        return None
+    return "no kernel is registered for it; kdops._C is older than this kdops: reinstall"
 
 
 def _kernel(device: torch.device) -> str:

@@ -87,6 +87,16 @@ def test_info_gives_the_reason_where_the_extension_is_missing(monkeypatch):
     assert sections["backends"][row + 1].strip() == f"not fused: {_op.unavailable(torch.device('cpu'))}"
 
 
+def test_info_tells_of_a_loss_without_a_kernel(monkeypatch):
+    monkeypatch.setattr(_info, "losses", lambda: ["other_loss"])
+    library = torch.library.Library("kdops", "FRAGMENT")  # its operators live as long as it does
+    library.define("other_loss(Tensor x) -> Tensor")
+    rows = _sections(_info.report())["backends"]
+    if _info._extension.extension is not None:
+        assert _row(rows, "other_loss on cpu") == "reference (eager PyTorch)"
+        assert rows[1].strip().startswith("not fused: no kernel is registered for it; kdops._C is older")
+
+
 def test_info_warns_of_an_extension_for_another_torch(monkeypatch):
     monkeypatch.setattr(_info._extension, "build_info", lambda: {"torch": "2.0.0", "compiler": "gcc"})
     assert "it was built for torch 2.0.0" in _info.report()
