@@ -26,7 +26,7 @@ test: $(VENV)/.ready
 
 bench: $(VENV)/.ready
 	$(VENV)/bin/python -m benchmarks.run $(ARGS)
-	$(VENV)/bin/python -m benchmarks.report
+	$(VENV)/bin/python -m benchmarks.report --readme
 
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -8,8 +8,9 @@ Where the gradient is computed. `Save.STATS`: the forward keeps a few statistics
 gradient from them, student and teacher. `Save.GRADS`: the forward computes the gradient while a channel is still in
 the cache, and the backward only multiplies it by grad_output. On a CPU the second reads the maps from memory once, so
 it is taken wherever it gives the same numbers: not for reduction "none" (grad_output differs per row) and not for
-half precision (fp16 gradients underflow before a GradScaler's factor reaches them, bf16 would round twice). On a GPU
-the streaming kernels move the same bytes either way, so the first is taken.
+half precision (fp16 gradients underflow before a GradScaler's factor reaches them, bf16 would round twice), and not
+in a compiled graph (which cannot scale the saved gradient in place, so that two maps would be alive). On a GPU the
+streaming kernels move the same bytes either way, so the first is taken.
 """
 
 from __future__ import annotations
@@ -231,7 +232,7 @@ def _what_to_save(student: Sequence[Tensor], reduction: int) -> Save:
         return Save.NOTHING
     if _cuda.gradient_in_forward() and reduction != 2:
         return Save.STATS if any(s.dtype == torch.float16 for s in student) else Save.GRADS
-    in_forward = student[0].device.type == "cpu" and reduction != 2
+    in_forward = student[0].device.type == "cpu" and reduction != 2 and not torch.compiler.is_compiling()
     return Save.GRADS if in_forward and all(s.dtype.itemsize >= 4 for s in student) else Save.STATS
 
 
