@@ -1,6 +1,6 @@
 // What the kernels ask of the machine, behind thin wrappers: with a host compiler the same names come from a shim that
 // runs the threads of a block as fibers (tests/cuda_shim), so that the kernels' arithmetic and indexing are tested
-// without a GPU.
+// without a GPU. What stands in this file itself is compiled for GPUs, and has not run on one yet.
 #pragma once
 
 #ifdef KDOPS_HOST_SHIM

@@ -3,6 +3,7 @@
 // Path 1: one block. Path 2: a thread-block cluster; results lie in the shared memory of the block that found them.
 // Path 3: `group` blocks of a cooperative launch; results lie in device memory. In each case a block gathers all
 // results into a table of its own, so that what follows is the same for all and runs in a fixed order.
+// Not run on a GPU yet: barriers and addresses are tested on the host shim, in many orders of threads.
 #pragma once
 
 #include "group_layout.h"

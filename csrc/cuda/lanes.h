@@ -1,4 +1,5 @@
 // channels_last: a lane has two neighbouring channels, a warp 64, and the warps of a block take turns over positions.
+// Not run on a GPU yet.
 #pragma once
 
 #include "numbers.h"

@@ -1,17 +1,21 @@
+// Not run on a GPU yet.
 #include "launch.h"
 
 #include <cuda_runtime.h>
 
 #include <array>
+#include <map>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 namespace kdops::cuda {
 namespace {
 
 constexpr int kMaxDevices = 64;
 constexpr int kPortableCluster = 8;
+constexpr int kSharedAlways = 48 << 10;  // bytes that every kernel may have
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -36,7 +40,8 @@ Device asked(int device) {
 
 void allow(Kernel kernel, int shared_bytes, int cluster) {
   const void* function = reinterpret_cast<const void*>(kernel);
-  check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "shared memory");
+  if (shared_bytes > kSharedAlways)
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "shared memory");
   if (cluster > kPortableCluster)
     check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster size");
 }
@@ -61,36 +66,56 @@ struct Configured {
   }
 };
 
+int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "cudaGetDevice");
+  return device;
+}
+
+// The driver takes microseconds to answer: each question is put once. All launches have the same number of threads.
+template <class Ask>
+int remembered(Kernel kernel, int shared_bytes, int cluster, Ask&& ask) {
+  static std::mutex mutex;
+  static std::map<std::tuple<int, Kernel, int, int>, int> answers;
+  const auto question = std::make_tuple(current_device(), kernel, shared_bytes, cluster);
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto known = answers.find(question);
+  return known != answers.end() ? known->second : answers[question] = ask();
+}
+
 }  // namespace
 
 const Device& device_limits() {
   static std::array<Device, kMaxDevices> devices;
   static std::array<std::once_flag, kMaxDevices> known;
-  int current = 0;
-  check(cudaGetDevice(&current), "cudaGetDevice");
+  const int current = current_device();
   std::call_once(known.at(current), [&] { devices[current] = asked(current); });
   return devices[current];
 }
 
 int resident_blocks(Kernel kernel, int threads, int shared_bytes) {
   if (shared_bytes > device_limits().shared_per_block) return 0;
-  allow(kernel, shared_bytes, 1);
-  int blocks = 0;
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), "occupancy");
-  return blocks;
+  return remembered(kernel, shared_bytes, 0, [&] {
+    allow(kernel, shared_bytes, 1);
+    int blocks = 0;
+    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), "occupancy");
+    return blocks;
+  });
 }
 
 int resident_clusters(Kernel kernel, const Launch& launch) {
   if (device_limits().architecture < 90 || launch.shared_bytes > device_limits().shared_per_block) return 0;
-  allow(kernel, launch.shared_bytes, launch.cluster);
-  Configured configured(launch, nullptr);
-  int clusters = 0;
-  if (cudaOccupancyMaxActiveClusters(&clusters, reinterpret_cast<const void*>(kernel), &configured.config) !=
-      cudaSuccess) {
-    cudaGetLastError();  // a size that this device does not have
-    return 0;
-  }
-  return clusters;
+  return remembered(kernel, launch.shared_bytes, launch.cluster, [&] {
+    allow(kernel, launch.shared_bytes, launch.cluster);
+    Configured configured(launch, nullptr);
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, reinterpret_cast<const void*>(kernel), &configured.config) !=
+        cudaSuccess) {
+      cudaGetLastError();  // a size that this device does not have
+      return 0;
+    }
+    return clusters;
+  });
 }
 
 void run(Kernel kernel, const Launch& launch, const Problem& problem, void* stream) {

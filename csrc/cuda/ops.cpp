@@ -1,5 +1,6 @@
 // Operators over the CUDA C++ kernels. They are internal: kdops::cwd_loss and kdops::pkd_loss are served by Triton, and
 // these are reached where a path is asked for by number (see kdops/_cuda.py). Same statistics, same results.
+// Not run on a GPU yet.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/sum.h>
 #include <torch/library.h>

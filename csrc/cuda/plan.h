@@ -1,4 +1,5 @@
-// How a call is cut into blocks, clusters and waves: from shapes, element size and device limits alone.
+// How a call is cut into blocks, clusters and waves: from shapes, element size and device limits alone. The constants
+// are derived, not measured: none of this has run on a GPU yet.
 #pragma once
 
 #include "kernels.h"
