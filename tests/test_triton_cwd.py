@@ -48,7 +48,7 @@ def test_sizes(shape, options):
 
 
 @in_this_process
-@pytest.mark.parametrize("student, teacher", itertools.product(DTYPES, DTYPES), ids=str)
+@pytest.mark.parametrize("student, teacher", list(itertools.product(DTYPES, DTYPES)), ids=str)
 def test_dtypes(student, teacher):
     options = BATCH if DTYPES.index(student) % 2 == DTYPES.index(teacher) % 2 else PLAIN
     check(Case(LOSS, options, ((2, 3, 8, 8),), student, teacher))

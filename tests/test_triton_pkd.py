@@ -45,7 +45,7 @@ def test_sizes(shape):
 
 
 @in_this_process
-@pytest.mark.parametrize("student, teacher", itertools.product(DTYPES, DTYPES), ids=str)
+@pytest.mark.parametrize("student, teacher", list(itertools.product(DTYPES, DTYPES)), ids=str)
 def test_dtypes(student, teacher):
     check(Case(LOSS, PKD, ((2, 3, 8, 8),), student, teacher))
 
