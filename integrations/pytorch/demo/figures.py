@@ -126,7 +126,9 @@ def _draw_boxes(axes, found: dict[str, Tensor], class_names: list[str], threshol
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.5))
         text = class_names[label - 1] + ("" if truth else f" {100 * score:.0f}")
         box = {"facecolor": colour, "edgecolor": "none", "pad": 0.8, "alpha": 0.9}
-        axes.text(x1, y1, text, fontsize=7, color="black" if truth else "white", bbox=box, va="bottom", clip_on=True)
+        # Above the box, or inside it where the picture ends.
+        above = "bottom" if y1 > 0.06 * axes.get_ylim()[0] else "top"
+        axes.text(x1, y1, text, fontsize=7, color="black" if truth else "white", bbox=box, va=above, clip_on=True)
 
 
 def _overlay(axes, image: np.ndarray, attention: np.ndarray) -> None:
