@@ -1,4 +1,4 @@
-"""The Triton kernels compiled for sm_80, sm_90 and sm_100 without a GPU: no spills, little shared memory, wide loads."""
+"""The Triton kernels compiled for sm_80, sm_90 and sm_100 without a GPU: no spills, wide loads, the plan's promises."""
 
 import math
 
@@ -8,8 +8,9 @@ import torch
 from kdops.testing import LAYOUTS, laid_out
 
 triton = pytest.importorskip("triton")
-from kdops._triton.plan import _groups, groups, plan_tiles  # noqa: E402
 from triton_compile import channels_last, compiled, crop, flat_kernels, group, kernels, nchw  # noqa: E402
+
+from kdops._triton.plan import _groups, groups, plan_tiles  # noqa: E402
 
 SHARED_LIMIT = 48 * 1024  # what any architecture gives a block without asking
 FULL = ((32, 256, 80, 80),)
