@@ -37,7 +37,8 @@ class KDOpsDistilledDetector(BaseModel):
         taps: what is compared: keyword arguments of `kdops.Tap` each, where ``loss``, ``align`` and ``weight`` may be
             configs (``loss=dict(type="kdops.CWDLoss", norm="batch")``, ``weight=dict(type="kdops.CosineWeight", ...)``).
         weight: factor of all terms: a number, or the config of a schedule.
-        stages: progressive teachers (MTPD) in place of the four above: dicts with ``teacher``, ``teacher_checkpoint``,
+        split_terms: log the terms of taps that share a loss one by one; it costs a little.
+        stages: progressive teachers (MTPD) in place of teacher, taps and weight: dicts with ``teacher``, ``teacher_checkpoint``,
             ``taps``, ``weight``, and a length in ``epochs`` or ``steps``.
         data_preprocessor: as for any model of mmengine; the student's when None.
         init_cfg: mmengine's initialisation config.
@@ -54,6 +55,7 @@ class KDOpsDistilledDetector(BaseModel):
         teacher_checkpoint: str | None = None,
         taps: Sequence[dict] = (),
         weight: float | dict = 1.0,
+        split_terms: bool = False,
         stages: Sequence[dict] | None = None,
         data_preprocessor: dict | nn.Module | None = None,
         init_cfg: dict | None = None,
@@ -68,12 +70,12 @@ class KDOpsDistilledDetector(BaseModel):
         else:
             parts = list(stages)
         built = [_stage(**part) for part in parts]
-        run_teacher = _run_features if _only_features(parts) else _run_all
+        options = dict(run_teacher=_run_features if _only_features(parts) else _run_all, split_terms=split_terms)
         if stages is None:
             only = built[0]
-            self.distiller = Distiller(student, only.teacher, only.taps, run_teacher=run_teacher, weight=only.weight)
+            self.distiller = Distiller(student, only.teacher, only.taps, weight=only.weight, **options)
         else:
-            self.distiller = ProgressiveDistillation(student, built, run_teacher=run_teacher)
+            self.distiller = ProgressiveDistillation(student, built, **options)
         self.needs_hook = stages is not None or _scheduled(parts)
         exclude_from_ddp(self)
 

@@ -52,6 +52,13 @@ class KDOpsDistillHook(Hook):
         model.needs_hook = False
         if isinstance(model.distiller, ProgressiveDistillation):
             model.distiller.bind(runner.optim_wrapper.optimizer)
+            self._start = _Start(runner)
+
+    def before_train(self, runner: Runner) -> None:
+        """A run that is resumed in a later stage: EMAHook has made its copy in the first."""
+        model = distilled_detector("KDOpsDistillHook", runner)
+        if getattr(model.distiller, "stage", 0) > 0:
+            _averages_follow(runner, model)
 
     def before_train_epoch(self, runner: Runner) -> None:
         self._follow(runner, lambda distiller: distiller.set_epoch(runner.epoch))
@@ -79,30 +86,43 @@ class KDOpsDistillHook(Hook):
         after = getattr(model.distiller, "stage", None)
         if after == before:
             return
-        for hook in runner.hooks:
-            if isinstance(hook, EMAHook) and hasattr(hook, "ema_model"):
-                _follow_stage(hook.ema_model, model)
+        _averages_follow(runner, model)
         if self.restart_schedule and not model.distiller.stopped:
-            _restart_schedule(runner)
+            self._start.restore(runner)
         what = "distillation has ended" if model.distiller.stopped else f"stage {after} of distillation begins"
         print_log(f"kdops: {what} at iteration {runner.iter}", logger=runner.logger, level=logging.INFO)
 
 
-def _follow_stage(average: nn.Module, model: KDOpsDistilledDetector) -> None:
-    """Give the averaged model the present stage's align layers; teacher and student are not copied."""
-    twin = average.module
-    twin.distiller = copy.deepcopy(model.distiller, {id(model.student): twin.student}).requires_grad_(False)
-    average.avg_parameters = twin.state_dict() if average.update_buffers else dict(twin.named_parameters())
+def _averages_follow(runner: Runner, model: KDOpsDistilledDetector) -> None:
+    """Give the averaged models the present stage's align layers; teacher and student are not copied."""
+    for hook in runner.hooks:
+        if isinstance(hook, EMAHook) and hasattr(hook, "ema_model"):
+            average = hook.ema_model
+            twin = average.module
+            twin.distiller = copy.deepcopy(model.distiller, {id(model.student): twin.student}).requires_grad_(False)
+            average.avg_parameters = twin.state_dict() if average.update_buffers else dict(twin.named_parameters())
 
 
-def _restart_schedule(runner: Runner) -> None:
-    optimizer = runner.optim_wrapper.optimizer
-    optimizer.state.clear()
-    for group in optimizer.param_groups:
-        for name in [name for name in group if name.startswith("initial_")]:
-            group[name[len("initial_"):]] = group[name]
-    if runner.cfg.get("param_scheduler") is not None:
-        runner.param_schedulers = runner.build_param_scheduler(copy.deepcopy(runner.cfg.param_scheduler))
+class _Start:
+    """The schedule as it stands before the first step (and before a resume), to begin anew from."""
+
+    def __init__(self, runner: Runner) -> None:
+        self.schedulers = [copy.deepcopy(scheduler.state_dict()) for scheduler in runner.param_schedulers or ()]
+        group = runner.optim_wrapper.optimizer.param_groups[0]
+        # A warm-up has set the first values already, by factors that are the same for all groups.
+        self.factors = {
+            name[len("initial_"):]: group[name[len("initial_"):]] / group[name]
+            for name in group if name.startswith("initial_") and group[name]
+        }
+
+    def restore(self, runner: Runner) -> None:
+        optimizer = runner.optim_wrapper.optimizer
+        optimizer.state.clear()
+        for group in optimizer.param_groups:
+            for name, factor in self.factors.items():
+                group[name] = group["initial_" + name] * factor
+        for scheduler, state in zip(runner.param_schedulers or (), self.schedulers):
+            scheduler.load_state_dict(copy.deepcopy(state))
 
 
 @HOOKS.register_module()

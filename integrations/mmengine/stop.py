@@ -99,6 +99,7 @@ class StopHook(Hook):
             del wrapper
             gc.collect()  # the old reducer's hooks on the parameters go with it
             runner.model = runner.wrap_model(runner.cfg.get("model_wrapper_cfg"), model)
+        _forget_logged(runner)
         print_log(f"Distillation has been stopped at iteration {runner.iter}", logger=runner.logger, level=logging.INFO)
 
     def _stop_average(self, average: nn.Module) -> None:
@@ -107,6 +108,13 @@ class StopHook(Hook):
         average.avg_parameters = (
             average.module.state_dict() if average.update_buffers else dict(average.module.named_parameters())
         )
+
+
+def _forget_logged(runner: Runner) -> None:
+    """mmengine goes on logging the last value of a loss that no longer comes: it would look like distillation."""
+    scalars = runner.message_hub.log_scalars
+    for name in [name for name in scalars if name.startswith("train/distill.")]:
+        del scalars[name]
 
 
 def release_storage(module: nn.Module) -> None:
