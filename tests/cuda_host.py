@@ -34,11 +34,13 @@ class Shim:
         self._library.shim_launches.restype = ctypes.c_char_p
         self.ops = torch.ops.kdops_shim
 
-    def device(self, architecture: int = 90, multiprocessors: int = 4, shared: int = 227 << 10) -> None:
-        self._library.shim_set_device(architecture, multiprocessors, shared, 50 << 20)
+    def device(
+        self, architecture: int = 90, multiprocessors: int = 4, shared: int = 227 << 10, l2: int = 50 << 20
+    ) -> None:
+        self._library.shim_set_device(architecture, multiprocessors, shared, l2)
 
     def order(self, seed: int) -> None:
-        """In which order threads take turns: 0 first come first served, else random."""
+        """In which order threads take turns: 0 first come first served, odd random, even with some blocks far ahead."""
         self._library.shim_set_order(seed)
 
     def reset(self) -> None:

@@ -98,6 +98,26 @@ def test_any_order_of_threads_gives_the_same_bits(loss, path, shim, poisoned):
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
 
 
+@pytest.mark.parametrize("loss", testing.LOSSES)
+@pytest.mark.parametrize(("l2", "blocks"), [(200 << 10, 1 * 8), (400 << 10, 2 * 6), (50 << 20, 7 * 1)])
+def test_waves_of_groups(loss, l2, blocks, shim, poisoned):
+    """Groups of several blocks, each with several channels one after the other, in any order of threads."""
+    case = testing.Case(loss, testing.LOSSES[loss][1][-1], ((2, 5, 60, 71), (3, 2, 13, 19)))
+    student, teacher = case.inputs()
+    shim.device(multiprocessors=4, l2=l2)
+    runs = []
+    for seed in range(4):
+        shim.order(seed)
+        shim.reset()
+        host.check(shim.ops, case, host.WAVES)
+        launch = shim.launches[0]
+        assert launch.cooperative and launch.blocks == blocks
+        value, stats, _ = host.forward(shim.ops, case, student, teacher, host.WAVES, host.STATS)
+        runs.append([value, stats, *host.forward(shim.ops, case, student, teacher, host.WAVES, host.GRADS)[2]])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
+
+
 # Bytes per element of one map, in half precision: value, with the gradient in the forward, and the backward from
 # statistics. On chip a map is read once; in waves once per visit, the later ones from the L2 cache.
 BYTES = {

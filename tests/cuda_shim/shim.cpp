@@ -16,6 +16,7 @@ namespace kdops::cuda {
 namespace {
 
 constexpr size_t kStackBytes = 64 << 10;
+constexpr int kEndless = 100000;  // rounds of polling in which nobody else goes on
 constexpr unsigned char kPoison = 0xff;  // a NaN in every type
 
 struct Fiber;
@@ -65,14 +66,15 @@ struct Fiber {
 
 struct Machine {
   Device limits{90, 4, 227 << 10, 228 << 10, 50 << 20};
-  unsigned seed = 0;  // 0: first come, first served; else a random order
+  unsigned seed = 0;  // 0: first come, first served; odd: a random order; even: some blocks run far ahead
   int64_t loaded = 0, stored = 0;
   std::string last_launch;
 
   std::vector<std::unique_ptr<Fiber>> pool;
   std::vector<Block> blocks;
-  std::vector<Fiber*> ready;
+  std::vector<Fiber*> ready, polling;
   size_t next = 0;
+  int idle = 0;
   std::mt19937 random;
   jmp_buf scheduler;
   Fiber* current = nullptr;
@@ -95,7 +97,10 @@ void pause() {
   to_scheduler();
 }
 
-void wake(Fiber* fiber) { machine.ready.push_back(fiber); }
+void wake(Fiber* fiber) {
+  machine.ready.push_back(fiber);
+  machine.idle = 0;
+}
 
 void meet(Barrier& barrier) {
   barrier.waiting.push_back(machine.current);
@@ -114,10 +119,22 @@ void body() {
   to_scheduler();
 }
 
+// The ready fiber of the block that this seed favours most.
+size_t furthest_ahead() {
+  size_t best = 0;
+  unsigned most = 0;
+  for (size_t i = 0; i < machine.ready.size(); ++i) {
+    const unsigned favour = (machine.ready[i]->block->index + 1u) * (machine.seed * 2654435761u);
+    if (favour >= most) best = i, most = favour;
+  }
+  return best;
+}
+
 Fiber* pick() {
   auto& ready = machine.ready;
   if (machine.seed) {
-    std::swap(ready[machine.random() % ready.size()], ready.back());
+    const size_t chosen = machine.seed % 2 ? machine.random() % ready.size() : furthest_ahead();
+    std::swap(ready[chosen], ready.back());
     Fiber* fiber = ready.back();
     ready.pop_back();
     return fiber;
@@ -130,7 +147,14 @@ Fiber* pick() {
   return fiber;
 }
 
-bool anyone_ready() { return machine.ready.size() > (machine.seed ? 0 : machine.next); }
+// Those who poll memory go on once nobody else can.
+bool anyone_ready() {
+  if (machine.ready.size() > (machine.seed ? 0 : machine.next)) return true;
+  machine.ready.swap(machine.polling);
+  machine.polling.clear(), machine.next = 0;
+  if (++machine.idle > kEndless) machine.error = "threads poll memory for ever";
+  return !machine.ready.empty();
+}
 
 void drive() {
   while (anyone_ready() && machine.error.empty()) {
@@ -160,7 +184,7 @@ void run_together(int from, int to) {
   machine.blocks.assign(to - from, {});
   machine.clusters.assign((to - from) / launch.cluster, {});
   for (auto& barrier : machine.clusters) barrier.expected = launch.cluster * launch.threads;
-  machine.ready.clear(), machine.next = 0;
+  machine.ready.clear(), machine.polling.clear(), machine.next = 0;
   const size_t fibers = static_cast<size_t>(to - from) * launch.threads;
   while (machine.pool.size() < fibers) machine.pool.push_back(std::make_unique<Fiber>());
   for (int b = 0; b < to - from; ++b) {
@@ -247,7 +271,7 @@ const float* of_rank(const float* p, int rank) {
 void arrive(unsigned* counter) { ++*counter; }
 void wait_for(const unsigned* counter, unsigned count) {
   while (*counter < count) {
-    wake(machine.current);
+    machine.polling.push_back(machine.current);
     pause();
   }
 }
