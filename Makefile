@@ -6,6 +6,10 @@ PIP := $(VENV)/bin/pip install --disable-pip-version-check -q
 # What is installed as "torch": another version or index line for those who want one.
 TORCH ?= torch torchvision
 SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
+PYTHONS := $(shell find kdops integrations -name '*.py')
+# OpenMMLab's environment, and a wheel of mmcv for it: without one, mmcv is built from source.
+MMVENV := .venv-openmmlab
+MMCV_WHEEL ?=
 # Arguments for the program behind a target: make demo ARGS="--epochs 4"
 ARGS ?=
 
@@ -24,6 +28,9 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest $(ARGS)
 
+test-openmmlab: $(MMVENV)/.ready
+	$(MMVENV)/bin/pytest -c tests/openmmlab/pytest.ini tests/openmmlab $(ARGS)
+
 bench: $(VENV)/.ready
 	$(VENV)/bin/python -m benchmarks.run $(ARGS)
 	$(VENV)/bin/python -m benchmarks.report --readme
@@ -39,6 +46,10 @@ $(VENV)/.packages:
 
 $(VENV)/.ready: $(VENV)/.packages pyproject.toml setup.py $(SOURCES)
 	$(PIP) --no-build-isolation -e ".[demo,test]"
+	@touch $@
+
+$(MMVENV)/.ready: tests/openmmlab/setup.sh integrations/requirements-openmmlab.txt pyproject.toml setup.py $(SOURCES) $(PYTHONS)
+	PYTHON=$(PYTHON) bash tests/openmmlab/setup.sh $(MMVENV) "$(MMCV_WHEEL)"
 	@touch $@
 
 clean:
