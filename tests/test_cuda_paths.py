@@ -42,6 +42,24 @@ def test_channels(case, path, shim, poisoned):
     host.check(shim.ops, case, path)
 
 
+@pytest.mark.parametrize("path", CHANNEL_PATHS)
+@pytest.mark.parametrize("loss", testing.LOSSES)
+def test_rows_misaligned_differently(loss, path, shim, poisoned):
+    """A channel slice beside a whole map: vectors of one would straddle those of the other."""
+    for dtype in (torch.float32, torch.bfloat16):
+        for pair in (("channel_slice", "nchw"), ("nchw", "channel_slice")):
+            case = testing.Case(loss, testing.LOSSES[loss][1][-1], testing.SHAPES["odd"], dtype, dtype, *pair)
+            host.check(shim.ops, case, path)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("loss", testing.LOSSES)
+def test_many_images(loss, path, shim, poisoned):
+    """More rows in a channel than warps, and than pieces are wanted."""
+    case = testing.Case(loss, testing.LOSSES[loss][1][-1], ((600, 2, 3, 3), (600, 1, 1, 1)), **layouts(path))
+    host.check(shim.ops, case, path)
+
+
 @pytest.mark.parametrize("case", [c for c in testing.cases() if covered(c, ("channels_last",))], ids=str)
 def test_channels_last(case, shim, poisoned):
     host.check(shim.ops, case, host.CHANNELS_LAST)
