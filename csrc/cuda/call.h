@@ -3,7 +3,6 @@
 
 #include <ATen/core/Tensor.h>
 
-#include <optional>
 #include <vector>
 
 #include "plan.h"
@@ -38,6 +37,5 @@ class Call {
   Level level_of(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor* grad, Path path) const;
   at::TensorOptions options_;
 };
-
 
 }  // namespace kdops::cuda
