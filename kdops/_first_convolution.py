@@ -16,7 +16,7 @@ from torch import Tensor
 from kdops import _op
 from kdops._mask import Mask
 
-COMPACT_FROM = 0.25
+COMPACT_FROM = 0.3
 _TILE = 32  # masked_conv.cpp has tiles for widths that are multiples of it
 
 _ops = torch.ops.kdops
@@ -166,9 +166,7 @@ def _align_gradients(grad: Tensor, student: Tensor, p: Parameters, wanted: dict[
 
 def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]) -> tuple:
     padding = [weight.shape[-1] // 2] * 2
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], 1, wanted
-    )
+    return torch.ops.aten.convolution_backward(grad, x, weight, None, [1, 1], padding, [1, 1], False, [0, 0], 1, wanted)
 
 
 def _layout(student: Tensor) -> torch.memory_format:

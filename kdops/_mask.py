@@ -109,7 +109,7 @@ def draw_ref(seed: Tensor, threshold: int, shape: Sequence[int]) -> Tensor:
 
 
 def check_mask(name: str, mask: Any, shape: Sequence[int], device: torch.device) -> None:
-    """Refuse an explicit mask that is not bool or floating, of the wrong shape or on another device."""
+    """Refuse an explicit mask of another kind, shape or device, and one that wants a gradient."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name}: mask must be a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool and mask.dtype not in _checks.DTYPES:
@@ -118,6 +118,8 @@ def check_mask(name: str, mask: Any, shape: Sequence[int], device: torch.device)
         raise ValueError(f"{name}: mask must have shape {tuple(shape)}, got {tuple(mask.shape)}")
     if mask.device != device:
         raise ValueError(f"{name}: mask must be on the student's device, got {mask.device} and {device}")
+    if mask.requires_grad:
+        raise ValueError(f"{name}: mask must not require grad, as no gradient is computed for it")
 
 
 def check_seed(name: str, seed: Any, device: torch.device) -> None:

@@ -93,7 +93,11 @@ def test_neighbouring_seeds_are_independent():
 def step(device):
     torch.manual_seed(0)
     module = kdops.MGDLoss(24, 32, backend="fused").to(device)
-    return module, torch.randn(2, 24, 9, 11, device=device, requires_grad=True), torch.randn(2, 32, 9, 11, device=device)
+    return (
+        module,
+        torch.randn(2, 24, 9, 11, device=device, requires_grad=True),
+        torch.randn(2, 32, 9, 11, device=device),
+    )
 
 
 def outcome(module, student, loss):

@@ -82,7 +82,11 @@ def test_refused_maps(backend):
         ((student, teacher[:1]), ValueError, r"same shape, got \(2, 12, 5, 7\) and \(1, 12, 5, 7\)"),
         ((student, teacher.clone().requires_grad_()), ValueError, "teacher must not require grad"),
         (([student], teacher), TypeError, "MGDLoss: preds_S must be a tensor, got list"),
-        ((student.bfloat16(), teacher), TypeError, "same dtype outside torch.autocast, got torch.bfloat16 and torch.fl"),
+        (
+            (student.bfloat16(), teacher),
+            TypeError,
+            "same dtype outside torch.autocast, got torch.bfloat16 and torch.fl",
+        ),
         ((student[0], teacher), ValueError, r"preds_S must have 4 dimensions \(N, C, H, W\), got 3"),
         ((student[:0], teacher[:0]), ValueError, "preds_S must not be empty"),
     ]
@@ -103,6 +107,8 @@ def test_refused_masks(on_channel):
     for wrong in (torch.ones(shape, dtype=torch.int64), torch.ones(shape, dtype=torch.uint8)):
         with pytest.raises(TypeError, match="mask must be bool, or 0 and 1 in a floating dtype, got torch"):
             module(student, teacher, wrong)
+    with pytest.raises(ValueError, match="mask must not require grad"):
+        module(student, teacher, torch.ones(shape, requires_grad=True))
     with pytest.raises(TypeError, match="mask must be a tensor, got list"):
         module(student, teacher, [1])
 
@@ -212,6 +218,13 @@ def test_compiles_without_a_break(widths):
         return compiled(step.student, step.teacher).detach()
 
     assert torch.equal(drawn(3), drawn(3)) and not torch.equal(drawn(3), drawn(4))
+
+
+def test_operators_that_the_compiler_sees():
+    generated, teacher = torch.randn(2, 3, 5, 7, requires_grad=True), torch.randn(2, 3, 5, 7)
+    for save in (0, 1, 2):
+        torch.library.opcheck(torch.ops.kdops.mgd_loss.default, ([generated], [teacher], 2e-5, 0, save))
+    torch.library.opcheck(torch.ops.kdops.mgd_mask.default, (torch.tensor(5), 2**31, [2, 1, 5, 7]))
 
 
 def peak_bytes(run):

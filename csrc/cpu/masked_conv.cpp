@@ -21,6 +21,7 @@ namespace {
 
 constexpr int kTaps = 9;
 constexpr int64_t kRowsOfTask = 64;
+constexpr int64_t kRowsOfPiece = 32;
 
 // The kept positions of a mask, image after image.
 struct Kept {
@@ -122,9 +123,10 @@ at::Tensor channels_last(const Kept& kept, int64_t channels, const at::Tensor& l
                    like.options().memory_format(at::MemoryFormat::ChannelsLast));
 }
 
-void relu_panel(float* out, int64_t positions, int64_t stride, int panel) {
-  for (int64_t p = 0; p < positions; ++p, out += stride)
-    for (int i = 0; i < panel; ++i) out[i] = out[i] < 0 ? 0 : out[i];  // NaN stays
+// A panel of an image, contiguous, to its columns of the map.
+void relu_to(const float* from, float* out, int64_t positions, int64_t stride, int panel) {
+  for (int64_t p = 0; p < positions; ++p, from += panel, out += stride)
+    for (int i = 0; i < panel; ++i) out[i] = from[i] < 0 ? 0 : from[i];  // NaN stays
 }
 
 // relu(conv(map) + bias), for the map that `rows` are the kept positions of.
@@ -139,13 +141,13 @@ at::Tensor forward(const at::Tensor& rows, const at::Tensor& keep, const at::Ten
   const float* const b = start.data_ptr<float>();
   float* const to = out.data_ptr<float>();
 
-  // A task owns one panel of one image, which stays in the cache from the bias to the ReLU.
+  // A task owns one panel of one image, which stays together in the cache from the bias to the ReLU.
   const int64_t per_image = outer / panel;
   at::parallel_for(0, kept.batch * per_image, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> image(positions * panel);
     for (int64_t task = begin; task < end; ++task) {
       const int64_t n = task / per_image, column = task % per_image * panel;
-      float* const image = to + n * positions * outer + column;
-      for (int64_t p = 0; p < positions; ++p) std::memcpy(image + p * outer, b + column, panel * sizeof(float));
+      for (int64_t p = 0; p < positions; ++p) std::memcpy(&image[p * panel], b + column, panel * sizeof(float));
       for (int tap = 0; tap < kTaps; ++tap) {
         const float* sources[kMostRows];
         float* targets[kMostRows];
@@ -158,12 +160,12 @@ at::Tensor forward(const at::Tensor& rows, const at::Tensor& keep, const at::Ten
         for (int64_t i = kept.start[n]; i < kept.start[n + 1]; ++i) {
           const int64_t q = reached[tap * kept.size() + i];
           if (q < 0) continue;
-          sources[count] = in + i * inner, targets[count] = to + q * outer + column;
+          sources[count] = in + i * inner, targets[count] = &image[(q - n * positions) * panel];
           if (++count == kMostRows) run();
         }
         run();
       }
-      relu_panel(image, positions, outer, panel);
+      relu_to(image.data(), to + n * positions * outer + column, positions, outer, panel);
     }
   });
   return out;
@@ -208,28 +210,29 @@ at::Tensor weight_gradient(const Kept& kept, const std::vector<int64_t>& reached
   const float* const right = grad.data_ptr<float>();
   float* const to = taps.data_ptr<float>();
 
-  // A task owns one panel of one tap. Rows are taken piece by piece, so that a piece stays in the cache for all tiles.
+  // A task owns one panel of one tap. A thread takes its tasks image by image, so that the image stays in the cache,
+  // and rows piece by piece, which then stay in the first one for all tiles.
   const int64_t per_tap = outer / panel;
-  at::parallel_for(0, kTaps * per_tap, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int tap = static_cast<int>(task / per_tap);
-      const int64_t column = task % per_tap * panel;
-      const float *lefts[kRowsOfTask], *rights[kRowsOfTask];
-      int64_t count = 0;
-      const auto run = [&] {
-        for (int64_t i = 0; count && i < inner; i += kMostRows)
-          gather().add_outer_products(
-              {lefts, rights, i, column, count, to + (tap * inner + i) * outer + column, outer});
-        count = 0;
-      };
-      for (int64_t i = 0; i < kept.size(); ++i) {
-        const int64_t q = reached[tap * kept.size() + i];
-        if (q < 0) continue;
-        lefts[count] = left + i * inner, rights[count] = right + q * outer;
-        if (++count == kRowsOfTask) run();
-      }
-      run();
+  const auto add_image = [&](int64_t n, int tap, int64_t column) {
+    const float *lefts[kRowsOfPiece], *rights[kRowsOfPiece];
+    int64_t count = 0;
+    const auto run = [&] {
+      for (int64_t i = 0; count && i < inner; i += kMostRows)
+        gather().add_outer_products({lefts, rights, i, column, count, to + (tap * inner + i) * outer + column, outer});
+      count = 0;
+    };
+    for (int64_t i = kept.start[n]; i < kept.start[n + 1]; ++i) {
+      const int64_t q = reached[tap * kept.size() + i];
+      if (q < 0) continue;
+      lefts[count] = left + i * inner, rights[count] = right + q * outer;
+      if (++count == kRowsOfPiece) run();
     }
+    run();
+  };
+  at::parallel_for(0, kTaps * per_tap, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t n = 0; n < kept.batch; ++n)
+      for (int64_t task = begin; task < end; ++task)
+        add_image(n, static_cast<int>(task / per_tap), task % per_tap * panel);
   });
   return taps.view({3, 3, inner, outer}).permute({3, 2, 0, 1}).contiguous();
 }
