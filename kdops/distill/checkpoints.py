@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdops.distill._files import write_atomically
 from kdops.distill._reading import read_checkpoint
+from kdops.files import write_atomically
 
 __all__ = ["CALLBACK_MARK", "LAYOUTS", "CheckpointPart", "StudentCheckpoint", "student_checkpoint"]
 

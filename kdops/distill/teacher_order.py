@@ -7,7 +7,6 @@ claim to give the paper's numbers.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from kdops.distill._capture import captured_once
 from kdops.distill.taps import Place
+from kdops.files import write_atomically
 
 __all__ = ["TeacherOrder", "order_teachers"]
 
@@ -73,10 +73,8 @@ class TeacherOrder:
                 axes.text(column, row, f"{cost:.3f}", ha="center", va="center", color="wk"[cost > middle])
         axes.set_title(" \N{RIGHTWARDS ARROW} ".join((STUDENT, *self.order)), fontsize=10)
         figure.colorbar(image, ax=axes, label="share of variance left by a linear map")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.stem}.part{path.suffix or '.png'}")
-        figure.savefig(temporary, dpi=150)
-        os.replace(temporary, path)
+        image_format = path.suffix.lstrip(".") or "png"
+        write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=150, format=image_format))
         return path
 
 

@@ -11,8 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
 
+from kdops.files import write_atomically
+
 from .attention import LevelMaps
-from .files import write_atomically
 
 COLOURS = {"teacher": "#555555", "weak_teacher": "#aaaaaa", "student": "#d1495b", "distilled": "#00798c"}
 DPI = 110

@@ -14,6 +14,7 @@ __all__ = ["write_atomically"]
 def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], Any]) -> None:
     """Let ``write`` fill a temporary file beside ``path`` and rename it; nothing is left behind on failure."""
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix is kept, as image writers choose the format by it.
     handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
     os.close(handle)
@@ -27,6 +28,7 @@ def write_atomically(path: str | os.PathLike[str], write: Callable[[Path], Any])
 
 
 def _umask() -> int:
+    # It can only be read by setting it.
     mask = os.umask(0)
     os.umask(mask)
     return mask
