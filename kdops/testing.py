@@ -92,7 +92,8 @@ class Case:
         wide_student = [s.detach().double().requires_grad_() for s in as_list(student)]
         wide_teacher = [t.detach().double() for t in as_list(teacher)]
         many = isinstance(student, list)
-        value = self.call(wide_student if many else wide_student[0], wide_teacher if many else wide_teacher[0], "reference")
+        maps = (wide_student, wide_teacher) if many else (wide_student[0], wide_teacher[0])
+        value = self.call(*maps, "reference")
         values = as_list(value)
         weights = [torch.ones_like(v) for v in values] if weights is None else [w.double() for w in as_list(weights)]
         return [v.detach() for v in values], list(torch.autograd.grad(values, wide_student, weights))
@@ -114,7 +115,7 @@ class MGDCase:
 
     def __str__(self) -> str:
         kind = f"{_short(self.dtype)}.{self.layout}-{self.teacher_layout}"
-        mask = f"{'channel' if self.mask_on_channel else 'spatial'}{self.lambda_mgd:g}{'given' if self.explicit else ''}"
+        mask = f"{'channel' if self.mask_on_channel else 'spatial'}{self.lambda_mgd:g}" + "given" * self.explicit
         size = "x".join(map(str, self.size))
         return f"mgd-{self.student_channels}to{self.teacher_channels}-{size}-{mask}-{kind}"
 
