@@ -67,7 +67,7 @@ class Dense:
         if p.align_weight is None:
             return mask.apply(student, torch.empty_like(student, memory_format=_layout(student)))
         on_gpu = _op.on_gpu(student)
-        aligned = convolve(student, p.align_weight, None if on_gpu else p.align_bias)
+        aligned = convolve(_laid_out(student), p.align_weight, None if on_gpu else p.align_bias)
         return mask.apply(aligned, aligned, p.align_bias if on_gpu else None)
 
     @staticmethod
@@ -159,9 +159,16 @@ def _bias_gradient(grad: Tensor) -> Tensor:
 
 
 def _align_gradients(grad: Tensor, student: Tensor, p: Parameters, wanted: dict[str, bool]) -> Gradients:
-    weight, bias = weight_gradients(grad, student, p.align_weight, wanted["align_weight"], wanted["align_bias"])
-    back = input_gradient(grad, p.align_weight, like=student) if wanted["student"] else None
-    return {"align_weight": weight, "align_bias": bias, "student": back}
+    """grad: of align's output; given up here."""
+    x = _laid_out(student)
+    weight, bias = weight_gradients(grad, x, p.align_weight, wanted["align_weight"], wanted["align_bias"])
+    out: Gradients = {"align_weight": weight, "align_bias": bias}
+    if wanted["student"]:
+        back = input_gradient(grad, p.align_weight, like=x)
+        del x
+        give_up(grad)
+        out["student"] = back if back.stride() == student.stride() else torch.empty_like(student).copy_(back)
+    return out
 
 
 def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple[bool, bool, bool]) -> tuple:
@@ -174,3 +181,9 @@ def _layout(student: Tensor) -> torch.memory_format:
     if _op.on_gpu(student) and student.dtype.itemsize >= 4:
         return torch.preserve_format
     return torch.channels_last
+
+
+def _laid_out(student: Tensor) -> Tensor:
+    """The student's map in that format, a copy where it has another."""
+    layout = _layout(student)
+    return student if layout == torch.preserve_format else student.contiguous(memory_format=layout)

@@ -62,6 +62,7 @@ def outcomes(case, device="cpu"):
     same = step.eager(case.dtype, keep).run()
     for g, p in zip(got[1:], [step.student, *step.module.parameters()]):
         assert g.dtype == p.dtype and g.shape == p.shape
+    assert got[1].stride() == torch.empty_like(step.student).stride()
     return got, wide, same
 
 

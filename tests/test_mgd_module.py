@@ -240,7 +240,7 @@ def peak_bytes(run):
 
 
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
-@pytest.mark.parametrize("widths", [(64, 64), (48, 64), (72, 72)])
+@pytest.mark.parametrize("widths", [(64, 64), (48, 64), (72, 72), (48, 72)])
 def test_peak_memory(widths, layout):
     """Above inputs and parameters (and their gradients) at most 60 % of what the eager chain takes."""
     case = MGDCase(*widths, (4, 40, 40), layout=layout, teacher_layout=layout)
