@@ -37,7 +37,7 @@ class Settings:
     teacher_channels: int = _option(128, "FPN width of the teacher", type=int)
     student_channels: int = _option(64, "FPN width of the student", type=int)
     epochs: int = _option(8, "epochs of each student", type=int)
-    teacher_epochs: int = _option(8, "epochs of each teacher", type=int)
+    teacher_epochs: int = _option(10, "epochs of each teacher", type=int)
     batch_size: int = _option(8, "images per step", type=int)
     lr: float = _option(1e-3, "peak learning rate of AdamW", type=float)
     weight_decay: float = _option(0.05, "weight decay of AdamW", type=float)
