@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in about ten minutes: builds, tests, sanitises and times, and leaves logs and CSVs in the
+# Everything that needs a GPU, in at most ten minutes: builds, tests, sanitises and times, and leaves logs and CSVs in the
 # folder given to it.   benchmarks/gpu_check.sh FOLDER        (PYTHON=python of an environment with torch and pytest)
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -21,18 +21,18 @@ nvidia-smi >"$out/device.log" 2>&1
 "$python" -m torch.utils.collect_env >>"$out/device.log" 2>&1
 
 step build 150 env KDOPS_REQUIRE_EXTENSION=1 "$python" setup.py build_ext --inplace
-step tests 180 "$python" -m pytest -m gpu -p no:cacheprovider --maxfail=20 tests
+step tests 150 "$python" -m pytest -m gpu -p no:cacheprovider --maxfail=20 tests
 # Small shapes only: the tools slow a kernel down by two orders of magnitude.
 sanitised=("$python" -m pytest -m gpu -p no:cacheprovider -x tests/test_cuda_gpu.py
   -k "test_gradient_in_the_forward_through_autograd")
 if command -v compute-sanitizer >/dev/null; then
-  step memcheck 60 compute-sanitizer --tool memcheck --error-exitcode 9 "${sanitised[@]}"
-  step racecheck 60 compute-sanitizer --tool racecheck --error-exitcode 9 "${sanitised[@]}"
-  step synccheck 40 compute-sanitizer --tool synccheck --error-exitcode 9 "${sanitised[@]}"
+  step memcheck 40 compute-sanitizer --tool memcheck --error-exitcode 9 "${sanitised[@]}"
+  step racecheck 40 compute-sanitizer --tool racecheck --error-exitcode 9 "${sanitised[@]}"
+  step synccheck 30 compute-sanitizer --tool synccheck --error-exitcode 9 "${sanitised[@]}"
 else
   echo "memcheck, racecheck, synccheck: compute-sanitizer is not installed" | tee -a "$out/summary.log"
   failed=1
 fi
-step paths 120 "$python" -m benchmarks.gpu_paths --seconds 3 --output "$out"
-step bench 120 "$python" -m benchmarks.run --quick --device cuda --seconds 1 --output "$out"
+step paths 90 "$python" -m benchmarks.gpu_paths --seconds 3 --output "$out"
+step bench 90 "$python" -m benchmarks.run --quick --device cuda --seconds 1 --output "$out"
 exit $failed
