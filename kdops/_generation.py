@@ -132,22 +132,26 @@ def _backward(
     own_grad: bool,
 ) -> list[Tensor | None]:
     """The gradients of the `FIELDS`, times factor. own_grad: ``grad`` is a buffer of this node."""
-    last = not _keeps_graph()
-    layout = torch.channels_last if hidden.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    grad = grad.contiguous(memory_format=layout)
-    weight2, bias2 = weight_gradients(grad, hidden, p.weight2, wanted["weight2"], wanted["bias2"])
-    results: dict[str, Tensor | None] = {"weight2": weight2, "bias2": bias2}
-    if any(wanted[name] for name in FIELDS if name not in results):
-        bits = _ops.mgd_relu_bits(hidden)
-        if last:
-            give_up(hidden)
-        inner = input_gradient(grad, p.weight2, like=grad).contiguous(memory_format=layout)  # the order of the bits
-        if last and own_grad:
-            give_up(grad)
-        _ops.mgd_relu_backward_(inner, bits)
-        results.update(path(student, p, mask).backward(student, p, mask, inner, wanted))
-    if factor is not None:
-        _ops.scale_gradients_([x for x in results.values() if x is not None], factor)
+    # Neither a graph of these operations nor the casts of a backward under autocast are wanted.
+    with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
+        last = not _keeps_graph()
+        layout = (
+            torch.channels_last if hidden.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+        )
+        grad = grad.contiguous(memory_format=layout)
+        weight2, bias2 = weight_gradients(grad, hidden, p.weight2, wanted["weight2"], wanted["bias2"])
+        results: dict[str, Tensor | None] = {"weight2": weight2, "bias2": bias2}
+        if any(wanted[name] for name in FIELDS if name not in results):
+            bits = _ops.mgd_relu_bits(hidden)
+            if last:
+                give_up(hidden)
+            inner = input_gradient(grad, p.weight2, like=grad).contiguous(memory_format=layout)  # the order of the bits
+            if last and own_grad:
+                give_up(grad)
+            _ops.mgd_relu_backward_(inner, bits)
+            results.update(path(student, p, mask).backward(student, p, mask, inner, wanted))
+        if factor is not None:
+            _ops.scale_gradients_([x for x in results.values() if x is not None], factor)
     return [results.get(name) for name in FIELDS]
 
 

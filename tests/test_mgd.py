@@ -117,6 +117,17 @@ def test_autocast(dtype):
         assert relative_error(g, expected) <= 2 * relative_error(e, expected) + GRADIENT_BUDGET[dtype]
 
 
+@pytest.mark.parametrize("widths", [(24, 64), (8, 12)])
+def test_a_backward_under_autocast_is_that_of_its_forward(widths):
+    step = MGDCase(*widths, ODD, explicit=True).step()
+    expected = step.run()
+    loss = 1.5 * step.module(step.student, step.teacher, step.mask)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = torch.autograd.grad(loss, [step.student, *step.module.parameters()])
+    for a, b in zip(got, expected[1:]):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("student_dtype", list(VALUE_BUDGET))
 @pytest.mark.parametrize("teacher_dtype", list(VALUE_BUDGET))
 @pytest.mark.parametrize("layouts", [("nchw", "channels_last"), ("crop", "strided")])
