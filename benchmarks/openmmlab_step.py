@@ -22,13 +22,12 @@ import mmyolo
 import table
 import timing
 import torch
+from kdops.integrations.mmrazor import fuse, give_back, take_over
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import set_random_seed
-
-from kdops.integrations.mmrazor import fuse, give_back, take_over
 
 CONFIG = "rtmdet/distillation/kd_tiny_rtmdet_s_neck_300e_coco.py"
 STOCK, TAKEN_OVER, FUSED, STUDENT = "MMRazor", "kdops, names taken over", "kdops, fused", "student alone"

@@ -35,11 +35,11 @@ class KDOpsDistilledDetector(BaseModel):
         teacher: config of the teacher's model, or a config file: a path, or ``"mmdet::retinanet/...py"``.
         teacher_checkpoint: path or URL of the teacher's weights. None leaves them as the config initialises them.
         taps: what is compared: keyword arguments of `kdops.Tap` each, where ``loss``, ``align`` and ``weight`` may be
-            configs (``loss=dict(type="kdops.CWDLoss", norm="batch")``, ``weight=dict(type="kdops.CosineWeight", ...)``).
+            configs: ``loss=dict(type="kdops.CWDLoss", norm="batch")``, ``weight=dict(type="kdops.CosineWeight", ...)``.
         weight: factor of all terms: a number, or the config of a schedule.
         split_terms: log the terms of taps that share a loss one by one; it costs a little.
-        stages: progressive teachers (MTPD) in place of teacher, taps and weight: dicts with ``teacher``, ``teacher_checkpoint``,
-            ``taps``, ``weight``, and a length in ``epochs`` or ``steps``.
+        stages: progressive teachers (MTPD) in place of teacher, taps and weight: dicts with ``teacher``,
+            ``teacher_checkpoint``, ``taps``, ``weight``, and a length in ``epochs`` or ``steps``.
         data_preprocessor: as for any model of mmengine; the student's when None.
         init_cfg: mmengine's initialisation config.
 

@@ -5,6 +5,7 @@ import copy
 import logging
 from typing import Any
 
+from kdops.integrations.mmengine.stop import StopHook
 from mmdet.registry import HOOKS
 from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
@@ -13,7 +14,6 @@ from mmengine.runner import Runner
 from torch import nn
 
 from kdops import ProgressiveDistillation
-from kdops.integrations.mmengine.stop import StopHook
 
 from .detector import KDOpsDistilledDetector
 

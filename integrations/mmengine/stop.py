@@ -44,7 +44,7 @@ class StopHook(Hook):
         given = {name: value for name, value in given.items() if value is not None}
         if len(given) != 1:
             raise ValueError(
-                f"{type(self).__name__}: exactly one of stop_epoch, detach_epoch and stop_iter must be given, got {given}"
+                f"{type(self).__name__}: give exactly one of stop_epoch, detach_epoch and stop_iter, got {given}"
             )
         for name, value in given.items():
             if not isinstance(value, int) or isinstance(value, bool):
@@ -63,8 +63,8 @@ class StopHook(Hook):
         """Refuse a stop that would never come."""
         if self.stop_epoch is not None and isinstance(runner.train_loop, IterBasedTrainLoop):
             raise ValueError(
-                f"{type(self).__name__}: stop_epoch={self.stop_epoch} never comes under {type(runner.train_loop).__name__}, "
-                "which does not count epochs; give stop_iter"
+                f"{type(self).__name__}: stop_epoch={self.stop_epoch} never comes under "
+                f"{type(runner.train_loop).__name__}, which does not count epochs; give stop_iter"
             )
 
     def before_train_epoch(self, runner: Runner) -> None:

@@ -80,7 +80,7 @@ def _find_distiller(cfg: Cfg) -> Cfg:
             found = found.get(key) if isinstance(found, (Mapping, Config)) else None
         if isinstance(found, (Mapping, Config)) and found.get("distill_losses") is not None:
             return found
-    raise ValueError("fuse: cfg must have distill_losses at model.distiller, at distiller or at its top, got none there")
+    raise ValueError("fuse: cfg must have distill_losses at model.distiller, at distiller or at its top, got none")
 
 
 def _fuse_distiller(distiller: Cfg) -> FuseReport:

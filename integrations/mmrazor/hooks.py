@@ -4,6 +4,7 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from kdops.integrations.mmengine.stop import StopHook, release_storage
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
@@ -12,8 +13,6 @@ from mmrazor.engine import SingleTeacherDistillValLoop
 from mmrazor.models.task_modules import RecorderManager
 from mmrazor.registry import HOOKS
 from torch import Tensor, nn
-
-from kdops.integrations.mmengine.stop import StopHook, release_storage
 
 
 class StoppedTeacher(nn.Module):

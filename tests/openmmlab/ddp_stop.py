@@ -3,12 +3,11 @@ from __future__ import annotations
 
 import sys
 
+import kdops.integrations.mmrazor  # noqa: F401
 import torch
 import toys
 from mmengine.dist import get_rank
 from mmengine.hooks import Hook
-
-import kdops.integrations.mmrazor  # noqa: F401
 
 
 class Losses(Hook):
@@ -27,7 +26,8 @@ def main(folder: str) -> None:
         f"{folder}/run", hooks, launcher="pytorch",
         cfg=dict(model_wrapper_cfg=dict(device_ids=None, find_unused_parameters=False)))
     runner.train()
-    torch.save(dict(losses=losses.names, state=dict(runner.model.module.named_parameters())), f"{folder}/rank{get_rank()}.pth")
+    state = dict(runner.model.module.named_parameters())
+    torch.save(dict(losses=losses.names, state=state), f"{folder}/rank{get_rank()}.pth")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import kdops.integrations
 import pytest
 import recipes
 import torch
@@ -13,8 +14,6 @@ from mmengine.hooks import Hook
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, DefaultScope
 from offline import offline_config
-
-import kdops.integrations
 
 FOLDER = Path(kdops.integrations.__file__).parent
 MMDET = sorted((FOLDER / "mmdet" / "configs").glob("*/*.py"))

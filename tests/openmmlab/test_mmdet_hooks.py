@@ -4,15 +4,14 @@ from __future__ import annotations
 import gc
 import weakref
 
+import kdops.integrations.mmdet  # noqa: F401
+import kdops.integrations.mmengine.trusted_checkpoints  # noqa: F401  (to resume)
 import pytest
 import torch
 import toys
 from mmdet.registry import MODELS
 from mmengine.hooks import Hook
 from mmengine.runner import load_checkpoint
-
-import kdops.integrations.mmdet  # noqa: F401
-import kdops.integrations.mmengine.trusted_checkpoints  # noqa: F401  (to resume)
 
 SCOPE = "mmdet"
 
@@ -21,7 +20,8 @@ STUDENT = dict(type="ToyDetector", width=4)
 
 
 def taps(width=6, **options):
-    return [dict(student="neck", loss=dict(type="kdops.CWDLoss", norm="batch"), align=(4, width), name="feat", **options)]
+    loss = dict(type="kdops.CWDLoss", norm="batch")
+    return [dict(student="neck", loss=loss, align=(4, width), name="feat", **options)]
 
 
 def detector(**options):

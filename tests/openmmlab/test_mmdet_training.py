@@ -11,11 +11,10 @@ from pathlib import Path
 import mmdet
 import pytest
 import torch
+from kdops.integrations.pytorch.demo.compose import Composition, compose
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import save_checkpoint
-
-from kdops.integrations.pytorch.demo.compose import Composition, compose
 
 TOOLS = Path(mmdet.__file__).parent / ".mim" / "tools"
 

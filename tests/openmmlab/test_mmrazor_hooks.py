@@ -7,15 +7,14 @@ import subprocess
 import sys
 import weakref
 
+import kdops.integrations.mmengine.trusted_checkpoints  # noqa: F401  (to resume)
+import kdops.integrations.mmrazor as kd
 import pytest
 import torch
 import toys
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import load_checkpoint
-
-import kdops.integrations.mmengine.trusted_checkpoints  # noqa: F401  (to resume)
-import kdops.integrations.mmrazor as kd
 
 STOP = dict(type="mmrazor.KDOpsStopDistillHook", stop_epoch=2)
 

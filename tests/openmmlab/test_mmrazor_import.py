@@ -4,9 +4,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
-import pytest
-
 import kdops.integrations.mmrazor as kd
+import pytest
 from kdops.integrations.mmrazor import _placeholders
 
 SCOPE = "mmrazor"
@@ -29,8 +28,8 @@ def test_placeholders_raise_on_use():
     from mmrazor.structures.quantization import BackendConfigs, QConfigHandler
 
     for use in (
-        OpenVINOQuantizer, lambda: QConfigHandler({}), lambda: QConfigHandler.check_qconfig, lambda: BackendConfigs["native"],
-        lambda: MODELS.build(dict(type="TensorRTQuantizer")),
+        OpenVINOQuantizer, lambda: QConfigHandler({}), lambda: QConfigHandler.check_qconfig,
+        lambda: BackendConfigs["native"], lambda: MODELS.build(dict(type="TensorRTQuantizer")),
     ):
         with pytest.raises(RuntimeError, match=r"is a placeholder: MMRazor's quantization does not import"):
             use()
@@ -56,7 +55,8 @@ NORM = dict(type="BN", affine=False, track_running_stats=False)
 def distiller(student=None, teacher=None, loss=None):
     return dict(
         connectors=dict(
-            s=dict(type="ConvModuleConnector", in_channel=4, out_channel=6, norm_cfg=NORM, act_cfg=None, **(student or {})),
+            s=dict(
+                type="ConvModuleConnector", in_channel=4, out_channel=6, norm_cfg=NORM, act_cfg=None, **(student or {})),
             t=dict(type="NormConnector", in_channels=6, norm_cfg=NORM, **(teacher or {}))),
         distill_losses=dict(loss_a=dict(type="ChannelWiseDivergence", tau=2), **(loss or {})),
         loss_forward_mappings={name: dict(

@@ -10,11 +10,10 @@ from __future__ import annotations
 import pytest
 import recipes
 import torch
+from kdops.integrations.mmrazor import fuse, give_back, take_over
 from mmengine.optim import build_optim_wrapper
 from mmengine.optim.optimizer import amp_optimizer_wrapper
 from mmengine.runner import set_random_seed
-
-from kdops.integrations.mmrazor import fuse, give_back, take_over
 
 SIZE = 128
 DISTILL = ("distill.loss_fpn0", "distill.loss_fpn1", "distill.loss_fpn2")

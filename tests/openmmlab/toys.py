@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import torch
 from mmengine.config import ConfigDict
+from mmengine.evaluator import BaseMetric
 from mmengine.model import BaseModel
 from mmengine.registry import DATASETS, METRICS, MODELS
-from mmengine.evaluator import BaseMetric
 from mmengine.runner import Runner
 from torch import nn
 
@@ -90,5 +90,6 @@ def runner(work_dir, hooks, model=None, epochs=4, ema=True, **options) -> Runner
     options.setdefault("optim_wrapper", dict(optimizer=dict(type="AdamW", lr=0.01)))
     return Runner(
         model=ConfigDict(model or algorithm()), work_dir=str(work_dir), train_dataloader=LOADER, custom_hooks=hooks,
-        default_hooks=dict(logger=dict(type="LoggerHook", interval=1), checkpoint=dict(type="CheckpointHook", interval=1)),
+        default_hooks=dict(
+            logger=dict(type="LoggerHook", interval=1), checkpoint=dict(type="CheckpointHook", interval=1)),
         randomness=dict(seed=0), log_level="ERROR", experiment_name=str(work_dir).replace("/", "_"), **options)
