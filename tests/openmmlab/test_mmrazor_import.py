@@ -56,7 +56,8 @@ def distiller(student=None, teacher=None, loss=None):
     return dict(
         connectors=dict(
             s=dict(
-                type="ConvModuleConnector", in_channel=4, out_channel=6, norm_cfg=NORM, act_cfg=None, **(student or {})),
+                type="ConvModuleConnector", in_channel=4, out_channel=6, norm_cfg=NORM, act_cfg=None,
+                **(student or {})),
             t=dict(type="NormConnector", in_channels=6, norm_cfg=NORM, **(teacher or {}))),
         distill_losses=dict(loss_a=dict(type="ChannelWiseDivergence", tau=2), **(loss or {})),
         loss_forward_mappings={name: dict(

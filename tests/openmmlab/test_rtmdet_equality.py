@@ -97,7 +97,7 @@ def test_full_learning_rate(pair):
 
 
 def test_automatic_mixed_precision(monkeypatch):
-    """bfloat16 through mmengine's AmpOptimWrapper: the fused loss is that of the maps, stock's within its rounding."""
+    """bfloat16 through mmengine's AmpOptimWrapper: the fused loss is the maps' own, stock's is off by its rounding."""
     monkeypatch.setattr(amp_optimizer_wrapper, "is_cuda_available", lambda: True)  # on the CPU it has bfloat16 alone
     cfg = recipes.stock_config(recipes.PAIRS[0])
     cfg.optim_wrapper.update(type="AmpOptimWrapper", dtype="bfloat16")
@@ -122,7 +122,8 @@ def test_automatic_mixed_precision(monkeypatch):
         oracle = (rows[1].exp() * (rows[1] - rows[0])).sum(2).mean()
         stock_loss, our_loss = (float(log[f"distill.loss_fpn{level}"]) for log in losses)
         assert our_loss == pytest.approx(float(oracle), rel=1e-5)
-        assert stock_loss == pytest.approx(float(oracle), rel=2**-8)
+        # MMRazor's chain rounds the normalised maps, the softmax and the sum itself to bfloat16.
+        assert abs(our_loss - float(oracle)) < abs(stock_loss - float(oracle)) < 0.05 * float(oracle)
     lr = cfg.optim_wrapper.optimizer.lr
     for name in CONNECTORS:  # Adam's first step is lr * sign(gradient): few signs may differ
         assert ((states[0][name] - states[1][name]).abs() < lr / 100).double().mean() > 0.95
