@@ -7,11 +7,13 @@ difference is given up before the next map is made. So about two maps are alive 
 holds four.
 
 The gradient is linear in the difference, so its factor, 2 * alpha / N * grad_output, is multiplied into the results;
-fp16 alone takes it first, as its weight gradients would overflow.
+fp16 alone takes it first, as its weight gradients would overflow. In half precision the mantissa of 2 * alpha / N is
+already in the stored difference: the rest is a power of two, as a GradScaler's factor is, and rounds nothing again.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +37,7 @@ _ops = torch.ops.kdops
 
 _op.library.define("mgd_relu_bits(Tensor x) -> Tensor")
 _op.library.define("mgd_relu_backward_(Tensor(a!) grad, Tensor bits) -> ()")
-_op.library.define("mgd_difference_(Tensor(a!) generated, Tensor? bias, Tensor teacher) -> Tensor")
+_op.library.define("mgd_difference_(Tensor(a!) generated, Tensor? bias, Tensor teacher, float scale) -> Tensor")
 for _name in ("mgd_relu_bits", "mgd_relu_backward_", "mgd_difference_"):
     _op.library.impl(_name, _op.triton_kernel("mgd_loss", _name), "CUDA")
 
@@ -103,8 +105,10 @@ class _Loss(torch.autograd.Function):
         hidden = path(student, p, mask).hidden(student, p, mask)
         on_gpu = _op.on_gpu(student)  # where the library adds a bias in a pass of its own
         difference = convolve(hidden, p.weight2, None if on_gpu else p.bias2)
-        loss = _ops.mgd_difference_(difference, p.bias2 if on_gpu else None, teacher)
-        ctx.mask, ctx.slope = mask.without_tensors(), 2 * alpha / student.shape[0]
+        slope = 2 * alpha / student.shape[0]
+        scale = (math.frexp(slope)[0] or 1.0) if difference.dtype.itemsize == 2 else 1.0
+        loss = _ops.mgd_difference_(difference, p.bias2 if on_gpu else None, teacher, scale)
+        ctx.mask, ctx.slope = mask.without_tensors(), slope / scale
         ctx.save_for_backward(student, keep, seed, hidden, difference, *parameters)
         return loss * (alpha / student.shape[0])
 

@@ -100,6 +100,17 @@ def test_half_precision_is_as_exact_as_the_eager_chain(case, poisoned):
         assert relative_error(g, expected) <= 2 * relative_error(eager, expected) + GRADIENT_BUDGET[case.dtype]
 
 
+@pytest.mark.parametrize("dtype, weight", [(torch.bfloat16, 1.0), (torch.float16, 65536.0)])
+def test_factors_that_are_powers_of_two_round_nothing_again(dtype, weight):
+    """What is stored in half precision between the passes then costs no exactness against the eager chain."""
+    case = MGDCase(64, 64, (4, 20, 20), dtype=dtype, explicit=True)
+    step = case.step()
+    expected = step.eager(torch.float64, step.mask).run(weight)
+    eager = step.eager(dtype, step.mask).run(weight)
+    for got, same, wide in zip(step.run(weight)[1:], eager[1:], expected[1:]):
+        assert relative_error(got, wide) <= 1.25 * relative_error(same, wide)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(dtype):
     """Under autocast fp32 maps are computed in half precision, gradients of fp32 inputs are fp32."""

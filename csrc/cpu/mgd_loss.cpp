@@ -129,12 +129,12 @@ std::vector<at::Tensor> backward(const at::Tensor& grad_output, at::TensorList s
   });
 }
 
-// generated -= teacher; returns the sum of the squares. Image by image where the teacher has another layout, as its
+// generated = scale * (generated - teacher); returns the sum of the squares of the difference. Image by image where the teacher has another layout, as its
 // copy in this one is then that of an image.
 template <class A>
-double subtract(const at::Tensor& generated, const at::Tensor& teacher) {
+double subtract(const at::Tensor& generated, const at::Tensor& teacher, double scale) {
   const auto same = [&](const at::Tensor& s, const at::Tensor& t) {
-    return difference<A>(Problem({s}, {t}, kernels<A>().lanes, false), To::kStudent, {1.0}, true)[0];
+    return difference<A>(Problem({s}, {t}, kernels<A>().lanes, false), To::kStudent, {scale}, true)[0];
   };
   if (generated.suggest_memory_format() == teacher.suggest_memory_format()) return same(generated, teacher);
   double total = 0;
@@ -142,12 +142,13 @@ double subtract(const at::Tensor& generated, const at::Tensor& teacher) {
   return total;
 }
 
-at::Tensor difference_(const at::Tensor& generated, const std::optional<at::Tensor>& bias, const at::Tensor& teacher) {
+at::Tensor difference_(const at::Tensor& generated, const std::optional<at::Tensor>& bias, const at::Tensor& teacher,
+                       double scale) {
   if (bias) generated.add_(bias->view({1, -1, 1, 1}));
   const bool wide = generated.scalar_type() == at::kDouble;
   const auto options = generated.options().dtype(wide ? at::kDouble : at::kFloat);
-  if (wide) return at::scalar_tensor(subtract<double>(generated, teacher.to(at::kDouble)), options);
-  return at::scalar_tensor(subtract<float>(generated, teacher), options);
+  if (wide) return at::scalar_tensor(subtract<double>(generated, teacher.to(at::kDouble), scale), options);
+  return at::scalar_tensor(subtract<float>(generated, teacher, scale), options);
 }
 
 }  // namespace

@@ -62,10 +62,10 @@ def relu_backward_kernel(grad, bits, size, BYTES: tl.constexpr):
 
 
 @triton.jit
-def difference_kernel(s, t, out, bias, factor, sums, size, blocks, C, INNER,
+def difference_kernel(s, t, out, bias, factor, scale, sums, size, blocks, C, INNER,
                       BIASED: tl.constexpr, SCALED: tl.constexpr, WRITE: tl.constexpr, SUM: tl.constexpr,
                       ACC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """out = factor * (s + bias - t), and the sum of (s + bias - t)^2 over this program's blocks."""
+    """out = factor or scale * (s + bias - t), and the sum of (s + bias - t)^2 over this program's blocks."""
     program = tl.program_id(0).to(tl.int64)
     total = tl.zeros([BLOCK], ACC)
     for block in range(0, blocks):
@@ -82,6 +82,8 @@ def difference_kernel(s, t, out, bias, factor, sums, size, blocks, C, INNER,
         if WRITE:
             if SCALED:
                 d *= tl.load(factor)
+            else:
+                d *= scale
             if x.dtype != tl.float64:
                 d = d.to(tl.float32)  # Triton's interpreter knows no way from fp64 to bf16
             tl.store(out + i, d.to(x.dtype), mask=inside)
@@ -117,9 +119,10 @@ def backward(
     return grads
 
 
-def mgd_difference_(generated: Tensor, bias: Tensor | None, teacher: Tensor) -> Tensor:
-    """generated += bias - teacher; returns the sum of the squares."""
-    return _difference(generated, teacher, generated, bias=bias, acc=_accumulation([generated, teacher]))
+def mgd_difference_(generated: Tensor, bias: Tensor | None, teacher: Tensor, scale: float) -> Tensor:
+    """generated = scale * (generated + bias - teacher); returns the sum of the squares of the difference."""
+    acc = _accumulation([generated, teacher])
+    return _difference(generated, teacher, generated, bias=bias, scale=scale, acc=acc)
 
 
 def mgd_bias_relu_(x: Tensor, bias: Tensor) -> None:
@@ -151,8 +154,9 @@ def _difference(
     acc: torch.dtype,
     bias: Tensor | None = None,
     factor: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Tensor | None:
-    """Writes factor * (s + bias - t) to out, if given; without a factor the sum of the squares is returned."""
+    """Writes factor, or else scale, * (s + bias - t) to out, if given; without a factor the sum of the squares is returned."""
     dense = s.is_contiguous() or s.is_contiguous(memory_format=torch.channels_last)
     order = s if dense else s.contiguous()
     target = out if out is None or out.stride() == order.stride() else torch.empty_like(order)
@@ -167,6 +171,7 @@ def _difference(
             target,
             bias,
             factor,
+            scale,
             sums,
             s.numel(),
             blocks,
