@@ -1,4 +1,4 @@
-"""The Triton kernels of MGD: in the interpreter, on a GPU where there is one, and compiled for GPUs that need not be."""
+"""The Triton kernels of MGD: in the interpreter, on a GPU where there is one, and compiled for others."""
 
 import pytest
 import torch

@@ -156,7 +156,7 @@ def _difference(
     factor: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor | None:
-    """Writes factor, or else scale, * (s + bias - t) to out, if given; without a factor the sum of the squares is returned."""
+    """Writes factor, or else scale, * (s + bias - t) to out, if given; without a factor returns the sum of squares."""
     dense = s.is_contiguous() or s.is_contiguous(memory_format=torch.channels_last)
     order = s if dense else s.contiguous()
     target = out if out is None or out.stride() == order.stride() else torch.empty_like(order)
