@@ -11,12 +11,13 @@ mmcv=2.1.0
 pip() { "$venv/bin/pip" install --disable-pip-version-check -q "$@"; }
 
 pip "setuptools>=77,<80" wheel ninja
-pip torch==2.13.0 numpy==1.26.4
-if ! { [ -n "$wheel" ] && [ -f "$wheel" ] && pip "$wheel"; }; then
-    echo "building mmcv $mmcv from source"
-    MMCV_WITH_OPS=1 FORCE_CUDA=0 MAX_JOBS=2 pip --no-build-isolation "mmcv==$mmcv"
-fi
 pip -r integrations/requirements-openmmlab.txt
+mmcv_works() { [ "$("$venv/bin/python" -c "import mmcv.ops; print(mmcv.__version__)" 2>/dev/null)" = "$mmcv" ]; }
+from_wheel() { [ -n "$wheel" ] && [ -f "$wheel" ] && pip "$wheel" && mmcv_works; }
+if ! mmcv_works && ! from_wheel; then
+    echo "building mmcv $mmcv from source"
+    MMCV_WITH_OPS=1 FORCE_CUDA=0 MAX_JOBS=2 pip --no-build-isolation --force-reinstall --no-deps "mmcv==$mmcv"
+fi
 # MMYOLO 0.6.0 admits mmcv up to 2.0.1 by a constant alone; later ones work and are what builds on this PyTorch.
 "$venv/bin/python" - <<'PY'
 import importlib.util
