@@ -1,6 +1,7 @@
 """MMRazor imports on this PyTorch: placeholders when, and only when, its quantization does not."""
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -12,7 +13,9 @@ SCOPE = "mmrazor"
 
 
 def python(program):
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    # Not in the repository's root, whose kdops was built for another environment's PyTorch.
+    folder = os.path.dirname(os.path.abspath(__file__))
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300, cwd=folder)
 
 
 def test_says_once_what_it_replaced():
