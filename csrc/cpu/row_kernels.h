@@ -111,22 +111,15 @@ void moments(const Strip& x, int rows, Moments<A> out) {
   const Vec<A> centre = centre_of<A, T, kMode>(x, rows);
   const double count = static_cast<double>(x.segments * x.length);
   Sum<A> sum, square;
-  Vec<A> top = centre;
-  bool any = false;
-  // The maximum starts from the first element seen, not from the centre, which may exceed all of them.
+  const A lowest = -__builtin_huge_val();
+  Vec<A> top = broadcast<A>(lowest);
   sweep<A, T, T, kMode>(
       x, x, rows,
       [&](Vec<A> v, Vec<A>, auto mask, int64_t, int64_t, int) {
         const Vec<A> d = mask.keep(v - centre);
         sum.add(d);
         square.add(d * d);
-        if (!any) {
-          const A lowest = -__builtin_huge_val();
-          top = mask.keep_or(v, broadcast<A>(lowest));
-          any = true;
-        } else {
-          top = max<A>(top, mask.keep_or(v, top));
-        }
+        top = max<A>(mask.keep_or(v, top), top);
       },
       [&] { sum.flush(), square.flush(); });
   if (kMode == kPositionsInLanes) {

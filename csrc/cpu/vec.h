@@ -107,6 +107,17 @@ template <class A>
 inline Vec<A> max(Vec<A> a, Vec<A> b) {
   return a > b ? a : b;
 }
+#if KDOPS_LANES == 16  // one instruction, where GCC makes two of the comparison
+template <>
+inline Vec<float> max<float>(Vec<float> a, Vec<float> b) {
+  return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
+}
+#elif KDOPS_LANES == 8
+template <>
+inline Vec<float> max<float>(Vec<float> a, Vec<float> b) {
+  return (Vec<float>)_mm256_max_ps((__m256)a, (__m256)b);
+}
+#endif
 
 template <class A>
 inline double sum_of_lanes(WideVec<A> v) {
@@ -123,24 +134,31 @@ inline A max_of_lanes(Vec<A> v) {
 }
 
 // 2^y for y <= 0, relative error below 2e-7 down to 2^-126, and 0 below. NaN stays NaN.
-// y = n + f with n its nearest integer (the addition of 1.5 * 2^23 leaves n in the low bits) and |f| <= 1/2;
-// 2^f is a polynomial of degree 6 (the Taylor series is within 1e-7 there), 2^n an addition to the exponent.
+// y = n + f with n its nearest integer and |f| <= 1/2; 2^f is the minimax polynomial of degree 5.
+inline Vec<float> exp2_of_fraction(Vec<float> f) {
+  Vec<float> p = broadcast<float>(1.327647196e-3f);
+  p = p * f + 9.675541503e-3f;
+  p = p * f + 5.550713275e-2f;
+  p = p * f + 2.402211972e-1f;
+  p = p * f + 6.931469671e-1f;
+  return p * f + 1.000000072f;
+}
+#if KDOPS_LANES == 16
+inline Vec<float> exp2_nonpositive(Vec<float> y) {
+  const __m512 n = _mm512_roundscale_ps((__m512)y, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return (Vec<float>)_mm512_scalef_ps((__m512)exp2_of_fraction(y - (Vec<float>)n), n);
+}
+#else
+// The addition of 1.5 * 2^23 leaves n in the low bits; 2^n is an addition to the exponent.
 inline Vec<float> exp2_nonpositive(Vec<float> y) {
   const Vec<float> magic = broadcast<float>(12582912.0f), lowest = broadcast<float>(-126.0f);
   const MaskVec<float> vanishes = y < lowest;
   y = vanishes ? lowest : y;
   const Vec<float> shifted = y + magic;
-  const Vec<float> f = y - (shifted - magic);
-  Vec<float> p = broadcast<float>(1.5403530393e-4f);
-  p = p * f + 1.3333558146e-3f;
-  p = p * f + 9.6181291076e-3f;
-  p = p * f + 5.5504108665e-2f;
-  p = p * f + 2.4022650696e-1f;
-  p = p * f + 6.9314718056e-1f;
-  p = p * f + 1.0f;
-  const Vec<float> scaled = (Vec<float>)((U32)p + ((U32)shifted << 23));
+  const Vec<float> scaled = (Vec<float>)((U32)exp2_of_fraction(y - (shifted - magic)) + ((U32)shifted << 23));
   return vanishes ? Vec<float>{} : scaled;
 }
+#endif
 inline Vec<double> exp2_nonpositive(Vec<double> y) {
   for (int i = 0; i < lanes_of<double>; ++i) y[i] = exp2(y[i]);
   return y;
