@@ -42,6 +42,9 @@ class Parameters(NamedTuple):
     align_weight: Tensor | None = None
     align_bias: Tensor | None = None
 
+    def to(self, dtype: torch.dtype) -> Parameters:
+        return Parameters(*(None if x is None else x.to(dtype) for x in self))
+
 
 #: What has a gradient, in the order of the nodes' arguments.
 FIELDS = ("student", *Parameters._fields)

@@ -1,9 +1,10 @@
 """The kernels' way through MGD's generator: one autograd node, convolutions by the library, little kept alive.
 
-Between forward and backward live the student's map (held by its producer anyway), the mask's seed, the ReLU's output
-and, with the loss, the difference to the teacher, which takes the generated map's place. The backward takes the second
-convolution apart: once the ReLU's output has served the weight gradient it shrinks to one bit per element, and the
-difference is given up before the next map is made. So about two maps are alive at the peak, where the eager chain
+`generate` makes the generated map, `generation_loss` its squared error on a GPU (`kdops._generation_by_images` has the
+CPU's). Between forward and backward live the student's map (held by its producer anyway), the mask's seed, the ReLU's
+output and, with the loss, the difference to the teacher, which takes the generated map's place. The backward takes the
+second convolution apart: once the ReLU's output has served the weight gradient it shrinks to one bit per element, and
+the difference is given up before the next map is made. So about two maps are alive at the peak, where the eager chain
 holds four.
 
 The gradient is linear in the difference, so its factor, 2 * alpha / N * grad_output, is multiplied into the results;
@@ -46,14 +47,15 @@ def generate(student: Tensor, parameters: Parameters, mask: Mask) -> Tensor:
     """The generated map of checked inputs."""
     if torch.compiler.is_compiling():
         return compose(student, parameters, mask.positions())
-    student, parameters = _as_autocast(student, parameters)
-    return _Generate.apply(mask, student, *mask.tensors, *parameters)
+    dtype = compute_dtype(student)
+    generated = _Generate.apply(mask, student.to(dtype), *mask.tensors, *parameters.to(dtype))
+    return generated.to(_autocast_dtype(student) or student.dtype)
 
 
 def generation_loss(student: Tensor, teacher: Tensor, parameters: Parameters, mask: Mask, alpha: float) -> Tensor:
     """alpha / N * SUM (generated - teacher)^2 of checked inputs, in one node."""
-    student, parameters = _as_autocast(student, parameters)
-    return _Loss.apply(mask, alpha, teacher, student, *mask.tensors, *parameters)
+    dtype = compute_dtype(student)
+    return _Loss.apply(mask, alpha, teacher, student.to(dtype), *mask.tensors, *parameters.to(dtype))
 
 
 def compose(student: Tensor, parameters: Parameters, keep: Tensor) -> Tensor:
@@ -64,6 +66,20 @@ def compose(student: Tensor, parameters: Parameters, keep: Tensor) -> Tensor:
     return F.conv2d(hidden, p.weight2, p.bias2, padding=1)
 
 
+def compute_dtype(student: Tensor) -> torch.dtype:
+    """What the convolutions run in: on a GPU autocast's dtype or the student's own.
+
+    A CPU widens half precision to fp32, so that nothing but inputs and results is rounded; bf16 is left to those who
+    ask for it by autocast.
+    """
+    autocast = _autocast_dtype(student)
+    if _op.on_gpu(student):
+        return autocast or student.dtype
+    if student.dtype == torch.float64 or autocast == torch.bfloat16:
+        return autocast or student.dtype
+    return torch.float32
+
+
 class _Generate(torch.autograd.Function):
     """generate() as one node."""
 
@@ -72,18 +88,21 @@ class _Generate(torch.autograd.Function):
         ctx: Any, mask: Mask, student: Tensor, keep: Tensor | None, seed: Tensor | None, *parameters: Any
     ) -> Tensor:
         p = Parameters(*parameters)
-        hidden = path(student, p, mask).hidden(student, p, mask)
         ctx.mask = mask.without_tensors()
+        with torch.autocast(student.device.type, enabled=False):  # the dtype is settled
+            hidden = path(student, p, mask).hidden(student, p, mask)
+            generated = convolve(hidden, p.weight2, p.bias2)
         ctx.save_for_backward(student, keep, seed, hidden, *parameters)
-        return convolve(hidden, p.weight2, p.bias2)
+        return generated
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
         student, keep, seed, hidden, *parameters = ctx.saved_tensors
         wanted = _wanted(ctx.needs_input_grad[1], ctx.needs_input_grad[4:])
         mask = ctx.mask.with_tensors(keep, seed)
-        grads = _backward(student, Parameters(*parameters), mask, hidden, grad_output, wanted, None, own_grad=False)
-        grads = _refusing_double_backward("masked_generation", grads, (student, *parameters, grad_output))
+        last = not _keeps_graph()
+        grads = chain_backward(student, Parameters(*parameters), mask, hidden, grad_output, wanted, last)
+        grads = refusing_double_backward("masked_generation", grads, (student, *parameters, grad_output))
         return (None, grads[0], None, None, *grads[1:])
 
 
@@ -103,11 +122,10 @@ class _Loss(torch.autograd.Function):
     ) -> Tensor:
         p = Parameters(*parameters)
         hidden = path(student, p, mask).hidden(student, p, mask)
-        on_gpu = _op.on_gpu(student)  # where the library adds a bias in a pass of its own
-        difference = convolve(hidden, p.weight2, None if on_gpu else p.bias2)
+        difference = convolve(hidden, p.weight2, None)  # the library would add a bias in a pass of its own
         slope = 2 * alpha / student.shape[0]
         scale = (math.frexp(slope)[0] or 1.0) if difference.dtype.itemsize == 2 else 1.0
-        loss = _ops.mgd_difference_(difference, p.bias2 if on_gpu else None, teacher, scale)
+        loss = _ops.mgd_difference_(difference, p.bias2, teacher, scale)
         ctx.mask, ctx.slope = mask.without_tensors(), slope / scale
         ctx.save_for_backward(student, keep, seed, hidden, difference, *parameters)
         return loss * (alpha / student.shape[0])
@@ -116,29 +134,31 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
         student, keep, seed, hidden, difference, *parameters = ctx.saved_tensors
         wanted = _wanted(ctx.needs_input_grad[3], ctx.needs_input_grad[6:])
-        mask, factor, own = ctx.mask.with_tensors(keep, seed), grad_output.detach() * ctx.slope, True
+        mask, factor, last = ctx.mask.with_tensors(keep, seed), grad_output.detach() * ctx.slope, not _keeps_graph()
         if difference.dtype == torch.float16:
-            own = not _keeps_graph()
             (difference,), factor = _op.scaled([difference], factor), None
-        grads = _backward(student, Parameters(*parameters), mask, hidden, difference, wanted, factor, own)
-        grads = _refusing_double_backward("MGDLoss", grads, (student, *parameters, grad_output))
+        grads = chain_backward(
+            student, Parameters(*parameters), mask, hidden, difference, wanted, last, give_up_grad=last
+        )
+        if factor is not None:
+            _ops.scale_gradients_([x for x in grads if x is not None], factor)
+        grads = refusing_double_backward("MGDLoss", grads, (student, *parameters, grad_output))
         return (None, None, None, grads[0], None, None, *grads[1:])
 
 
-def _backward(
+def chain_backward(
     student: Tensor,
     p: Parameters,
     mask: Mask,
     hidden: Tensor,
     grad: Tensor,
     wanted: dict[str, bool],
-    factor: Tensor | None,
-    own_grad: bool,
+    last: bool,
+    give_up_grad: bool = False,
 ) -> list[Tensor | None]:
-    """The gradients of the `FIELDS`, times factor. own_grad: ``grad`` is a buffer of this node."""
+    """The gradients of the `FIELDS`. last: hidden serves nobody afterwards, and is given up on the way."""
     # Neither a graph of these operations nor the casts of a backward under autocast are wanted.
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
-        last = not _keeps_graph()
         layout = (
             torch.channels_last if hidden.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
         )
@@ -150,12 +170,10 @@ def _backward(
             if last:
                 give_up(hidden)
             inner = input_gradient(grad, p.weight2, like=grad).contiguous(memory_format=layout)  # the order of the bits
-            if last and own_grad:
+            if give_up_grad:
                 give_up(grad)
             _ops.mgd_relu_backward_(inner, bits)
             results.update(path(student, p, mask).backward(student, p, mask, inner, wanted))
-        if factor is not None:
-            _ops.scale_gradients_([x for x in results.values() if x is not None], factor)
     return [results.get(name) for name in FIELDS]
 
 
@@ -167,7 +185,7 @@ def _wanted(student: bool, parameters: Sequence[bool]) -> dict[str, bool]:
     return dict(zip(FIELDS, (student, *parameters)))
 
 
-def _refusing_double_backward(
+def refusing_double_backward(
     name: str, grads: list[Tensor | None], anchors: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
     """The gradients, made such that differentiating them raises where a graph of them is asked for."""
@@ -178,10 +196,9 @@ def _refusing_double_backward(
     return [None if x is None else next(guarded) for x in grads]
 
 
-def _as_autocast(student: Tensor, parameters: Parameters) -> tuple[Tensor, Parameters]:
+def _autocast_dtype(student: Tensor) -> torch.dtype | None:
     """What torch.autocast makes of a convolution's inputs."""
     kind = student.device.type
     if not torch.is_autocast_enabled(kind) or student.dtype == torch.float64:
-        return student, parameters
-    dtype = torch.get_autocast_dtype(kind)
-    return student.to(dtype), Parameters(*(None if x is None else x.to(dtype) for x in parameters))
+        return None
+    return torch.get_autocast_dtype(kind)

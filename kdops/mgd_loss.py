@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdops import _checks, _generation, _norm, _op
+from kdops import _checks, _generation, _generation_by_images, _norm, _op
 from kdops.masked_generation import MaskedGeneration, check_agreement, mask_source
 
 __all__ = ["MGDLoss", "mgd_loss", "mgd_loss_ref"]
@@ -127,7 +127,8 @@ class MGDLoss(MaskedGeneration):
         # Inductor fuses what surrounds the convolutions itself; a teacher in fp64 alone asks for sums in fp64.
         if torch.compiler.is_compiling() or (preds_T.dtype == torch.float64 != preds_S.dtype):
             return _fused([_generation.generate(preds_S, p, source)], [preds_T], self.alpha_mgd, 0)
-        return _generation.generation_loss(preds_S, preds_T, p, source, self.alpha_mgd)
+        kernels = _generation if _op.on_gpu(preds_S) else _generation_by_images
+        return kernels.generation_loss(preds_S, preds_T, p, source, self.alpha_mgd)
 
     def _check_teacher(self, preds_S: Tensor, preds_T: Any) -> None:
         _checks.single_map("MGDLoss", "preds_T", preds_T)
