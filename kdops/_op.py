@@ -7,9 +7,10 @@ which costs the host less than the dispatcher's own autograd; torch.compile sees
 Where the gradient is computed. `Save.STATS`: the forward keeps a few statistics per row and the backward computes the
 gradient from them, student and teacher. `Save.GRADS`: the forward computes the gradient while a channel is still in
 the cache, and the backward only multiplies it by grad_output. On a CPU the second reads the maps from memory once, so
-it is taken wherever it gives the same numbers: not for reduction "none" (grad_output differs per row) and not for
-half precision (fp16 gradients underflow before a GradScaler's factor reaches them, bf16 would round twice), and not
-in a compiled graph (which cannot scale the saved gradient in place, so that two maps would be alive). On a GPU the
+it is taken wherever it gives the same numbers: not for reduction "none" (grad_output differs per row), not for fp16
+(gradients underflow before a GradScaler's factor reaches them), and not in a compiled graph (which cannot scale the
+saved gradient in place, so that two maps would be alive). bf16 would round twice, but for a grad_output that is a
+power of two, as 1 is: `Save.BOTH` hands the forward's gradient over then, and recomputes it otherwise. On a GPU the
 streaming kernels move the same bytes either way, so the first is taken.
 """
 
@@ -40,6 +41,7 @@ class Save(IntEnum):
     NOTHING = 0
     STATS = 1
     GRADS = 2
+    BOTH = STATS | GRADS
 
 
 class FusedLoss:
@@ -79,7 +81,7 @@ class FusedLoss:
         if save == Save.NOTHING:
             with torch._C._AutoDispatchBelowAutograd():
                 return self.forward(student, teacher, *parameters, save)[0]
-        anchor = (_Anchor.apply(*student),) if save == Save.GRADS else ()
+        anchor = (anchor_of(*student),) if save == Save.GRADS else ()
         return _Eager.apply(self, parameters, save, anchor, *student, *teacher)
 
     def _fake_forward(
@@ -90,8 +92,8 @@ class FusedLoss:
         like = student[0]
         dtype = accumulation_dtype(student, teacher)
         loss = like.new_empty((units,) if reduction == 2 else (), dtype=dtype)
-        stats = like.new_empty((self.fields, units) if save == Save.STATS else (0,), dtype=dtype)
-        return loss, stats, [torch.empty_like(s) for s in student] if save == Save.GRADS else []
+        stats = like.new_empty((self.fields, units) if save & Save.STATS else (0,), dtype=dtype)
+        return loss, stats, [torch.empty_like(s) for s in student] if save & Save.GRADS else []
 
     @staticmethod
     def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
@@ -122,6 +124,7 @@ class _Eager(torch.autograd.Function):
             loss, stats, grads = op.forward(list(maps[:levels]), list(maps[levels:]), *parameters, save)
         ctx.op, ctx.parameters, ctx.save, ctx.anchor, ctx.levels = op, parameters, save, anchor, levels
         ctx.save_for_backward(*(grads if save == Save.GRADS else (stats, *maps)))
+        ctx.ready = grads if save == Save.BOTH else None
         return loss
 
     @staticmethod
@@ -132,7 +135,9 @@ class _Eager(torch.autograd.Function):
                 anchors, grads = ctx.anchor, scaled(list(saved), grad_output)
             else:
                 student, teacher = list(saved[1 : 1 + levels]), list(saved[1 + levels :])
-                anchors, grads = student, ctx.op.backward(grad_output, student, teacher, saved[0], *ctx.parameters)
+                anchors, grads = student, _handed_over(ctx, grad_output)
+                if grads is None:
+                    grads = ctx.op.backward(grad_output, student, teacher, saved[0], *ctx.parameters)
         if torch.is_grad_enabled():  # create_graph: a second derivative may be asked for later
             grads = refuse_double_backward(ctx.op.name, grads, (*anchors, grad_output))
         needed = ctx.needs_input_grad[4 : 4 + levels]
@@ -140,15 +145,20 @@ class _Eager(torch.autograd.Function):
 
 
 class _Anchor(torch.autograd.Function):
-    """An empty tensor that hangs on the students in the graph without keeping their data."""
+    """An empty tensor that hangs on the inputs in the graph without keeping their data."""
 
     @staticmethod
-    def forward(ctx: Any, *student: Tensor) -> Tensor:
-        return student[0].new_empty(0)
+    def forward(ctx: Any, *inputs: Tensor | None) -> Tensor:
+        return inputs[0].new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         return (None,) * len(ctx.needs_input_grad)
+
+
+def anchor_of(*inputs: Tensor | None) -> Tensor:
+    """What stands for a node's inputs in `refuse_double_backward` where the node keeps none of them."""
+    return _Anchor.apply(*inputs)
 
 
 class _RefuseDoubleBackward(torch.autograd.Function):
@@ -232,14 +242,25 @@ def _what_to_save(student: Sequence[Tensor], reduction: int) -> Save:
         return Save.NOTHING
     if _cuda.gradient_in_forward() and reduction != 2:
         return Save.STATS if any(s.dtype == torch.float16 for s in student) else Save.GRADS
-    in_forward = student[0].device.type == "cpu" and reduction != 2 and not torch.compiler.is_compiling()
-    return Save.GRADS if in_forward and all(s.dtype.itemsize >= 4 for s in student) else Save.STATS
+    dtypes = {s.dtype for s in student}
+    if student[0].device.type != "cpu" or reduction == 2 or torch.compiler.is_compiling() or torch.float16 in dtypes:
+        return Save.STATS
+    return Save.BOTH if torch.bfloat16 in dtypes else Save.GRADS
 
 
 def scaled(grads: list[Tensor], grad_output: Tensor) -> list[Tensor]:
     """The saved gradients times grad_output: in place where this backward is the last that can need them."""
     if _keeps_graph():
         return torch.ops.kdops.scale_gradients.default(grads, grad_output)
+    torch.ops.kdops.scale_gradients_.default(grads, grad_output)
+    return grads
+
+
+def _handed_over(ctx: Any, grad_output: Tensor) -> list[Tensor] | None:
+    """The forward's gradients, once, where multiplying by grad_output rounds nothing; they are let go otherwise."""
+    grads, ctx.ready = ctx.ready, None
+    if grads is None or abs(math.frexp(grad_output.item())[0]) != 0.5:
+        return None
     torch.ops.kdops.scale_gradients_.default(grads, grad_output)
     return grads
 

@@ -1,6 +1,7 @@
 """What autograd does with the fused losses: modes, repeated and hooked backwards, second derivatives."""
 
 import gc
+import math
 import weakref
 
 import pytest
@@ -184,3 +185,23 @@ def test_inputs_are_not_written(loss):
     before = [x.detach().clone() for x in (*student, *teacher)]
     case.call(student, teacher).backward()
     assert all(torch.equal(a, b) for a, b in zip(before, (*student, *teacher)))
+
+
+@pytest.mark.parametrize("loss", testing.LOSSES)
+@pytest.mark.parametrize("factor, recomputed", [(1.0, 0), (-8.0, 0), (2.0**-20, 0), (3.0, 1), (0.0, 1), (math.nan, 1)])
+def test_bf16_takes_the_forward_gradient_where_scaling_it_is_exact(loss, factor, recomputed, device, monkeypatch):
+    """The first backward's bits are those of a recomputed one, whatever grad_output is."""
+    case = testing.Case(loss, testing.LOSSES[loss][1][-1], testing.SHAPES["pyramid"], torch.bfloat16, torch.bfloat16)
+    student, teacher = case.inputs(device)
+    value = case.call(student, teacher)
+    backwards = []
+    op = value.grad_fn.op
+    backward = op.backward
+    monkeypatch.setattr(op, "backward", lambda *args: backwards.append(1) or backward(*args))
+    grad_output = torch.tensor(factor, device=device)
+    first = torch.autograd.grad(value, student, grad_output, retain_graph=True)
+    assert len(backwards) == (recomputed if device == "cpu" else 1)
+    second = torch.autograd.grad(value, student, grad_output)
+    assert len(backwards) == 1 + (recomputed if device == "cpu" else 1)
+    for a, b in zip(first, second):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)

@@ -154,17 +154,17 @@ class Cwd {
 
 template <class A>
 Outputs forward_in(at::TensorList student, at::TensorList teacher, Options options, int64_t save) {
-  const Problem problem(student, teacher, kernels<A>().lanes, save == kSaveGrads);
+  const Problem problem(student, teacher, kernels<A>().lanes, save & kSaveGrads);
   const auto tensor_options = student[0].options().dtype(c10::CppTypeToScalarType<A>::value);
   const at::Tensor fields = at::empty({kFields, problem.rows}, tensor_options);
   const Cwd<A> cwd(problem, options, fields.data_ptr<A>());
   auto passes = cwd.statistics();
   std::vector<at::Tensor> grads;
-  if (save == kSaveGrads)
+  if (save & kSaveGrads)
     for (auto& pass : cwd.gradients()) passes.push_back(pass);
   problem.run(passes);
-  if (save == kSaveGrads) grads = problem.finished_grads();
-  const at::Tensor stats = save == kSaveStats ? fields.narrow(0, 0, kStats).clone() : at::empty({0}, tensor_options);
+  if (save & kSaveGrads) grads = problem.finished_grads();
+  const at::Tensor stats = save & kSaveStats ? fields.narrow(0, 0, kStats).clone() : at::empty({0}, tensor_options);
   return {cwd.loss(tensor_options), stats, std::move(grads)};
 }
 

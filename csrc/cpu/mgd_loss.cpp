@@ -105,15 +105,15 @@ std::vector<double> gradient_factors(const Problem& problem, double alpha) {
 Outputs forward(at::TensorList student, at::TensorList teacher, double alpha, int64_t, int64_t save) {
   return in_accumulation_dtype(student, teacher, [&](auto a, at::TensorList s, at::TensorList t) -> Outputs {
     using A = decltype(a);
-    const Problem problem(s, t, kernels<A>().lanes, save == kSaveGrads);
-    const auto sums = difference<A>(problem, save == kSaveGrads ? To::kGrad : To::kNothing,
+    const Problem problem(s, t, kernels<A>().lanes, save & kSaveGrads);
+    const auto sums = difference<A>(problem, save & kSaveGrads ? To::kGrad : To::kNothing,
                                     gradient_factors(problem, alpha), true);
     double loss = 0;
     for (size_t i = 0; i < sums.size(); ++i) loss += alpha / problem.levels[i].batch * sums[i];
     const auto options = s[0].options().dtype(c10::CppTypeToScalarType<A>::value);
     const std::array<int64_t, 2> none = {0, 0};
-    return {at::scalar_tensor(loss, options), at::empty(at::IntArrayRef(none.data(), save == kSaveStats ? 2 : 1), options),
-            save == kSaveGrads ? problem.finished_grads() : std::vector<at::Tensor>{}};
+    return {at::scalar_tensor(loss, options), at::empty(at::IntArrayRef(none.data(), save & kSaveStats ? 2 : 1), options),
+            save & kSaveGrads ? problem.finished_grads() : std::vector<at::Tensor>{}};
   });
 }
 

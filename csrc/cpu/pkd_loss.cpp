@@ -126,18 +126,18 @@ class Pkd {
 
 template <class A>
 Outputs forward_in(at::TensorList student, at::TensorList teacher, Options options, int64_t save) {
-  const Problem problem(student, teacher, kernels<A>().lanes, save == kSaveGrads);
+  const Problem problem(student, teacher, kernels<A>().lanes, save & kSaveGrads);
   const auto tensor_options = student[0].options().dtype(c10::CppTypeToScalarType<A>::value);
   const at::Tensor channels = at::empty({kChannelFields, problem.channels}, tensor_options);
   const at::Tensor rows = at::empty({kRowFields, problem.rows}, tensor_options);
   const Pkd<A> pkd(problem, options, channels.data_ptr<A>(), rows.data_ptr<A>());
   auto passes = pkd.statistics();
   std::vector<at::Tensor> grads;
-  if (save == kSaveGrads)
+  if (save & kSaveGrads)
     for (auto& pass : pkd.gradients()) passes.push_back(pass);
   problem.run(passes);
-  if (save == kSaveGrads) grads = problem.finished_grads();
-  const at::Tensor stats = save == kSaveStats ? channels.narrow(0, 0, kStats).clone() : at::empty({0}, tensor_options);
+  if (save & kSaveGrads) grads = problem.finished_grads();
+  const at::Tensor stats = save & kSaveStats ? channels.narrow(0, 0, kStats).clone() : at::empty({0}, tensor_options);
   return {pkd.loss(tensor_options), stats, std::move(grads)};
 }
 

@@ -14,7 +14,7 @@ namespace kdops {
 
 enum Reduction : int64_t { kMean = 0, kSum = 1, kNone = 2 };
 enum Norm : int64_t { kNoNorm = 0, kBatchNorm = 1, kPkdNorm = 2 };
-enum Save : int64_t { kSaveNothing = 0, kSaveStats = 1, kSaveGrads = 2 };
+enum Save : int64_t { kSaveNothing = 0, kSaveStats = 1, kSaveGrads = 2 };  // bits: both can be asked for
 
 // One pyramid level. A unit (n, block) is what one kernel call handles: a row, or as many neighbouring channels as a
 // register has lanes. A group is the units of all n: the channels that share statistics.
