@@ -1,7 +1,7 @@
 // The vector kernels: sums and gradients over one strip. Included once per instruction set, after vec.h.
 //
-// A sweep hands a body the registers of one or two strips in order, with a mask that tells which lanes are in use.
-// Full registers get `All`, whose selections compile to nothing.
+// A sweep hands a body the registers of one or two strips, with a mask that tells which lanes are in use, and what the
+// body returns to a third strip where there is one. Full registers get `All`, whose selections compile to nothing.
 
 struct All {
   template <class V>
@@ -35,10 +35,42 @@ inline const T* at(const Strip& x, int64_t segment, int64_t j) {
   return static_cast<const T*>(x.data) + segment * x.segment_stride + j * x.step;
 }
 
-// body(s, t, mask, segment, j, count); flush() after every kFlush registers and at the end.
-template <class A, class S, class T, int kMode, class Body, class Flush>
-inline void sweep(const Strip& s, const Strip& t, int rows, Body&& body, Flush&& flush) {
+// Where a body's results go, if it has any.
+struct Nowhere {
+  template <class Body, class V, class M>
+  void one(int64_t, int64_t, int, Body& body, V x, V y, M mask) const {
+    body(x, y, mask);
+  }
+  template <class Body, class V>
+  void two(int64_t, int64_t, Body& body, const V* x, const V* y) const {
+    body(x[0], y[0], All{}), body(x[1], y[1], All{});
+  }
+};
+template <class A, class S>
+struct Into {
+  const Strip& strip;
+  S* at_position(int64_t segment, int64_t j) const { return const_cast<S*>(at<S>(strip, segment, j)); }
+  template <class Body, class M>
+  void one(int64_t segment, int64_t j, int count, Body& body, Vec<A> x, Vec<A> y, M mask) const {
+    const Vec<A> v = body(x, y, mask);
+    if (count == lanes_of<A>)
+      narrow(at_position(segment, j), v);
+    else
+      narrow_part<A>(at_position(segment, j), v, count);
+  }
+  template <class Body>
+  void two(int64_t segment, int64_t j, Body& body, const Vec<A>* x, const Vec<A>* y) const {
+    const Vec<A> first = body(x[0], y[0], All{}), second = body(x[1], y[1], All{});
+    narrow_two(at_position(segment, j), first, second);
+  }
+};
+
+// out = body(s, t, mask); flush() after every kFlush registers and at the end. Registers come in pairs where both maps
+// come apart alike.
+template <class A, class S, class T, int kMode, class Out, class Body, class Flush>
+inline void sweep(const Strip& s, const Strip& t, int rows, const Out& out, Body&& body, Flush&& flush) {
   constexpr int64_t width = lanes_of<A>;
+  constexpr bool in_pairs = comes_apart<S> == comes_apart<T>;
   int64_t since = 0;
   for (int64_t i = 0; i < s.segments; ++i) {
     if (kMode == kPositionsInLanes) {
@@ -46,11 +78,17 @@ inline void sweep(const Strip& s, const Strip& t, int rows, Body&& body, Flush&&
       while (j + width <= s.length) {
         const int64_t whole = j + (s.length - j) / width * width;
         const int64_t stop = whole < j + kFlush * width ? whole : j + kFlush * width;
-        for (; j < stop; j += width) body(widen(at<S>(s, i, j)), widen(at<T>(t, i, j)), All{}, i, j, (int)width);
+        for (; in_pairs && j + 2 * width <= stop; j += 2 * width) {
+          Vec<A> x[2], y[2];
+          widen_two(at<S>(s, i, j), x[0], x[1]), widen_two(at<T>(t, i, j), y[0], y[1]);
+          out.two(i, j, body, x, y);
+        }
+        for (; j < stop; j += width) out.one(i, j, width, body, widen(at<S>(s, i, j)), widen(at<T>(t, i, j)), All{});
         flush();
       }
       if (const int rest = static_cast<int>(s.length - j)) {
-        body(widen_part<A>(at<S>(s, i, j), rest), widen_part<A>(at<T>(t, i, j), rest), first<A>(rest), i, j, rest);
+        const Vec<A> x = widen_part<A>(at<S>(s, i, j), rest), y = widen_part<A>(at<T>(t, i, j), rest);
+        out.one(i, j, rest, body, x, y, first<A>(rest));
         flush();
       }
     } else {
@@ -58,9 +96,9 @@ inline void sweep(const Strip& s, const Strip& t, int rows, Body&& body, Flush&&
       const Some<A> mask = first<A>(rows);
       for (int64_t j = 0; j < s.length; ++j) {
         if (full)
-          body(widen(at<S>(s, i, j)), widen(at<T>(t, i, j)), All{}, i, j, (int)width);
+          out.one(i, j, width, body, widen(at<S>(s, i, j)), widen(at<T>(t, i, j)), All{});
         else
-          body(widen_part<A>(at<S>(s, i, j), rows), widen_part<A>(at<T>(t, i, j), rows), mask, i, j, rows);
+          out.one(i, j, rows, body, widen_part<A>(at<S>(s, i, j), rows), widen_part<A>(at<T>(t, i, j), rows), mask);
         if (++since == kFlush) flush(), since = 0;
       }
     }
@@ -114,8 +152,8 @@ void moments(const Strip& x, int rows, Moments<A> out) {
   const A lowest = -__builtin_huge_val();
   Vec<A> top = broadcast<A>(lowest);
   sweep<A, T, T, kMode>(
-      x, x, rows,
-      [&](Vec<A> v, Vec<A>, auto mask, int64_t, int64_t, int) {
+      x, x, rows, Nowhere{},
+      [&](Vec<A> v, Vec<A>, auto mask) {
         const Vec<A> d = mask.keep(v - centre);
         sum.add(d);
         square.add(d * d);
@@ -143,8 +181,8 @@ void softmax(const Strip& s, const Strip& t, int rows, SoftmaxIn<A> in, SoftmaxO
   const Vec<A> k_t = per_row<A, kMode>(in.k_t, rows) * static_cast<A>(kLog2E), m_t = per_row<A, kMode>(in.m_t, rows);
   Sum<A> z_s, z_t, es_s, et_s, et_t;
   sweep<A, S, T, kMode>(
-      s, t, rows,
-      [&](Vec<A> x, Vec<A> y, auto mask, int64_t, int64_t, int) {
+      s, t, rows, Nowhere{},
+      [&](Vec<A> x, Vec<A> y, auto mask) {
         const Vec<A> d_s = mask.keep(x - m_s), d_t = mask.keep(y - m_t);
         const Vec<A> e_s = mask.keep(exp2_nonpositive(k_s * d_s)), e_t = mask.keep(exp2_nonpositive(k_t * d_t));
         z_s.add(e_s);
@@ -161,15 +199,6 @@ void softmax(const Strip& s, const Strip& t, int rows, SoftmaxIn<A> in, SoftmaxO
   put_sum<A, kMode>(out.et_t, rows, et_t);
 }
 
-template <class A, class T>
-inline void put(const Strip& x, int64_t segment, int64_t j, Vec<A> v, int count) {
-  T* p = const_cast<T*>(at<T>(x, segment, j));
-  if (count == lanes_of<A>)
-    narrow(p, v);
-  else
-    narrow_part<A>(p, v, count);
-}
-
 template <class A, class S, class T, int kMode>
 void gradient(const Strip& s, const Strip& t, const Strip& ds, int rows, GradientIn<A> in) {
   const Vec<A> k_s = per_row<A, kMode>(in.k_s, rows) * static_cast<A>(kLog2E), m_s = per_row<A, kMode>(in.m_s, rows);
@@ -177,10 +206,10 @@ void gradient(const Strip& s, const Strip& t, const Strip& ds, int rows, Gradien
   const Vec<A> a = per_row<A, kMode>(in.a, rows), b = per_row<A, kMode>(in.b, rows);
   const Vec<A> slope = per_row<A, kMode>(in.slope, rows), mean = per_row<A, kMode>(in.mean, rows);
   sweep<A, S, T, kMode>(
-      s, t, rows,
-      [&](Vec<A> x, Vec<A> y, auto, int64_t i, int64_t j, int count) {
+      s, t, rows, Into<A, S>{ds},
+      [&](Vec<A> x, Vec<A> y, auto) {
         const Vec<A> e_s = exp2_nonpositive(k_s * (x - m_s)), e_t = exp2_nonpositive(k_t * (y - m_t));
-        put<A, S>(ds, i, j, a * e_s - b * e_t - slope * (x - mean), count);
+        return a * e_s - b * e_t - slope * (x - mean);
       },
       [] {});
 }
@@ -191,8 +220,8 @@ void co_moments(const Strip& s, const Strip& t, int rows, CoMoments<A> out) {
   const double count = static_cast<double>(s.segments * s.length);
   Sum<A> sum_s, sum_t, ss, tt, st;
   sweep<A, S, T, kMode>(
-      s, t, rows,
-      [&](Vec<A> x, Vec<A> y, auto mask, int64_t, int64_t, int) {
+      s, t, rows, Nowhere{},
+      [&](Vec<A> x, Vec<A> y, auto mask) {
         const Vec<A> d_s = mask.keep(x - c_s), d_t = mask.keep(y - c_t);
         sum_s.add(d_s);
         sum_t.add(d_t);
@@ -223,26 +252,23 @@ void affine(const Strip& s, const Strip& t, const Strip& ds, int rows, AffineIn<
   const Vec<A> alpha = per_row<A, kMode>(in.alpha, rows), mean_s = per_row<A, kMode>(in.mean_s, rows);
   const Vec<A> beta = per_row<A, kMode>(in.beta, rows), mean_t = per_row<A, kMode>(in.mean_t, rows);
   sweep<A, S, T, kMode>(
-      s, t, rows,
-      [&](Vec<A> x, Vec<A> y, auto, int64_t i, int64_t j, int count) {
-        put<A, S>(ds, i, j, alpha * (x - mean_s) - beta * (y - mean_t), count);
-      },
+      s, t, rows, Into<A, S>{ds}, [&](Vec<A> x, Vec<A> y, auto) { return alpha * (x - mean_s) - beta * (y - mean_t); },
       [] {});
 }
 
 template <class A, class S, class T, int kMode>
 void difference(const Strip& s, const Strip& t, const Strip& ds, int rows, A factor, A* out) {
-  const bool write = ds.data != nullptr;
   Sum<A> square;
-  sweep<A, S, T, kMode>(
-      s, t, rows,
-      [&](Vec<A> x, Vec<A> y, auto mask, int64_t i, int64_t j, int count) {
-        const Vec<A> d = x - y;
-        const Vec<A> used = mask.keep(d);
-        square.add(used * used);
-        if (write) put<A, S>(ds, i, j, d * factor, count);
-      },
-      [&] { square.flush(); });
+  const auto body = [&](Vec<A> x, Vec<A> y, auto mask) {
+    const Vec<A> d = mask.keep(x - y);
+    square.add(d * d);
+    return d * factor;
+  };
+  const auto flush = [&] { square.flush(); };
+  if (ds.data)
+    sweep<A, S, T, kMode>(s, t, rows, Into<A, S>{ds}, body, flush);
+  else
+    sweep<A, S, T, kMode>(s, t, rows, Nowhere{}, body, flush);
   if (out) put_sum<A, kMode>(out, rows, square);
 }
 

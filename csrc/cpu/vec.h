@@ -59,6 +59,21 @@ inline Vec<float> widen(const Float16* p) {
 #endif
 }
 
+// Two registers of neighbours. Those of bf16 come apart into even and odd elements, an instruction each.
+template <class T>
+constexpr bool comes_apart = false;
+template <>
+constexpr bool comes_apart<BFloat16> = true;
+
+template <class T, class V>
+inline void widen_two(const T* p, V& first, V& second) {
+  first = widen(p), second = widen(p + sizeof(V) / sizeof(first[0]));
+}
+inline void widen_two(const BFloat16* p, Vec<float>& even, Vec<float>& odd) {
+  const U32 pairs = load_bits<U32>(p);
+  even = (Vec<float>)(pairs << 16), odd = (Vec<float>)(pairs & 0xffff0000u);
+}
+
 // The first `count` lanes; the rest is 0.
 template <class A, class T>
 inline Vec<A> widen_part(const T* p, int count) {
@@ -70,12 +85,15 @@ inline Vec<A> widen_part(const T* p, int count) {
 // ---- stores ------------------------------------------------------------------------------------------------------
 inline void narrow(float* p, Vec<float> v) { __builtin_memcpy(p, &v, sizeof(v)); }
 inline void narrow(double* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof(v)); }
+// The nearest bf16, ties to even, in the upper halves; what the lower halves hold is to be dropped. A NaN is not added
+// to, as that could carry into its sign: results of arithmetic are quiet, which the upper half alone tells.
+inline U32 rounded_to_bf16(Vec<float> v) {
+  const U32 bits = (U32)v, up = ((bits >> 16) & 1) + 0x7fff;
+  const MaskVec<float> is_number = v == v;
+  return bits + (is_number ? up : U32{});
+}
 inline void narrow(BFloat16* p, Vec<float> v) {
-  const U32 bits = (U32)v;
-  const U32 nearest_even = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const MaskVec<float> is_nan = v != v;
-  const U32 quiet = U32{} + 0x7fc0;
-  const U16 out = __builtin_convertvector(is_nan ? quiet : nearest_even, U16);
+  const U16 out = __builtin_convertvector(rounded_to_bf16(v) >> 16, U16);
   __builtin_memcpy(p, &out, sizeof(out));
 }
 inline void narrow(Float16* p, Vec<float> v) {
@@ -88,6 +106,15 @@ inline void narrow(Float16* p, Vec<float> v) {
 #else
   for (int i = 0; i < kLanes; ++i) p[i].bits = half_from_float(v[i]);
 #endif
+}
+
+template <class T, class V>
+inline void narrow_two(T* p, V first, V second) {
+  narrow(p, first), narrow(p + sizeof(V) / sizeof(first[0]), second);
+}
+inline void narrow_two(BFloat16* p, Vec<float> even, Vec<float> odd) {
+  const U32 pairs = rounded_to_bf16(even) >> 16 | (rounded_to_bf16(odd) & 0xffff0000u);
+  __builtin_memcpy(p, &pairs, sizeof(pairs));
 }
 
 template <class A, class T>
