@@ -108,7 +108,7 @@ class Cwd {
   void softmax(const Level& level, int64_t n, int64_t block) const {
     const int64_t row = level.row(n, block);
     kernels<A>().softmax[level.student_dtype()][level.teacher_dtype()][level.mode](
-        level.strip(level.student, n, block), level.strip(level.teacher, n, block), level.rows(block),
+        level.strip_fetching(level.student, n, block), level.strip_fetching(level.teacher, n, block), level.rows(block),
         {field(kKS, row), field(kMaxS, row), field(kKT, row), field(kMaxT, row)},
         {field(kZS, row), field(kZT, row), field(kEsS, row), field(kEtS, row), field(kEtT, row)});
   }

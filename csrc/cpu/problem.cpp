@@ -60,8 +60,14 @@ Dtype Level::teacher_dtype() const { return dtype_of(teacher); }
 Strip Level::strip(const at::Tensor& x, int64_t n, int64_t block) const {
   const int64_t offset = n * x.stride(0) + block * block_rows * x.stride(1);
   char* data = static_cast<char*>(x.data_ptr()) + offset * x.element_size();
-  if (collapsed) return {data, 1, 0, positions, position_step(x)};
-  return {data, x.size(2), x.stride(2), x.size(3), x.stride(3)};
+  if (collapsed) return {data, 1, 0, positions, position_step(x), 0};
+  return {data, x.size(2), x.stride(2), x.size(3), x.stride(3), 0};
+}
+
+Strip Level::strip_fetching(const at::Tensor& x, int64_t n, int64_t block) const {
+  Strip here = strip(x, n, block);
+  if (block + 1 < blocks) here.next = block_rows * x.stride(1);
+  return here;
 }
 
 Problem::Problem(at::TensorList student, at::TensorList teacher, int lanes, bool want_grads) {

@@ -34,6 +34,8 @@ struct Level {
   int64_t row(int64_t n, int64_t block) const { return first_row + n * channels + block * block_rows; }
   int64_t channel(int64_t block) const { return first_channel + block * block_rows; }
   Strip strip(const at::Tensor& x, int64_t n, int64_t block) const;
+  // The same, while the next group's is fetched.
+  Strip strip_fetching(const at::Tensor& x, int64_t n, int64_t block) const;
 };
 
 // A pass calls `unit` for every (n, block), or `group` for every block.

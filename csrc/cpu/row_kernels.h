@@ -35,6 +35,11 @@ inline const T* at(const Strip& x, int64_t segment, int64_t j) {
   return static_cast<const T*>(x.data) + segment * x.segment_stride + j * x.step;
 }
 
+template <class T>
+inline void fetch_next(const Strip& x, int64_t segment, int64_t j) {
+  __builtin_prefetch(at<T>(x, segment, j) + x.next, 0, 2);
+}
+
 // Where a body's results go, if it has any.
 struct Nowhere {
   template <class Body, class V, class M>
@@ -79,6 +84,10 @@ inline void sweep(const Strip& s, const Strip& t, int rows, const Out& out, Body
         const int64_t whole = j + (s.length - j) / width * width;
         const int64_t stop = whole < j + kFlush * width ? whole : j + kFlush * width;
         for (; in_pairs && j + 2 * width <= stop; j += 2 * width) {
+          if (s.next) {
+            fetch_next<S>(s, i, j), fetch_next<T>(t, i, j);
+            if (sizeof(S) * width >= 64) fetch_next<S>(s, i, j + width), fetch_next<T>(t, i, j + width);
+          }
           Vec<A> x[2], y[2];
           widen_two(at<S>(s, i, j), x[0], x[1]), widen_two(at<T>(t, i, j), y[0], y[1]);
           out.two(i, j, body, x, y);

@@ -19,11 +19,13 @@ constexpr int kDtypes = 4;
 
 // A strip is what one kernel call reads: either one row (n, c), its positions in the lanes of a register, or as many
 // rows (n, c...c+lanes) as a register has lanes, one position after the other (channels_last).
-// Position (i, j) of `segments` x `length` lies at data + i * segment_stride + j * step, in elements.
+// Position (i, j) of `segments` x `length` lies at data + i * segment_stride + j * step, in elements. `next`, where not
+// 0, is how far the strip lies that is to be fetched into the cache meanwhile.
 struct Strip {
   void* data;
   int64_t segments, segment_stride;
   int64_t length, step;
+  int64_t next = 0;
 };
 
 enum Lanes : int { kPositionsInLanes = 0, kChannelsInLanes = 1 };
