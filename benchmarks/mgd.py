@@ -8,6 +8,7 @@ Writes results/mgd.csv (mgd-GPU.csv on a GPU) and the table beside it. The provi
     convolutions           the six of the generator's step alone (align's three too), the whole map: the library's floor
     kdops                  MGDLoss
     kdops, dense           MGDLoss with all convolutions over the whole map
+    kdops, autocast        MGDLoss under torch.autocast, which lets a CPU's convolutions run in half precision
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from kdops import MGDLoss, _first_convolution
 from kdops.testing import MGDCase, MGDStep, relative_error
 
 EAGER, CHANNELS_LAST, COMPILE = "eager", "eager, channels_last", "torch.compile"
-CONVOLUTIONS, KDOPS, DENSE = "convolutions", "kdops", "kdops, dense"
+CONVOLUTIONS, KDOPS, DENSE, AUTOCAST = "convolutions", "kdops", "kdops, dense", "kdops, autocast"
 HALF, SINGLE = torch.bfloat16, torch.float32
 STAGE = (8, 40, 40)
 CASES = {
@@ -120,9 +121,9 @@ def case_rows(case: MGDCase, device: str, seconds: float) -> Iterator[table.Row]
 
 
 def providers(case: MGDCase) -> list[str]:
-    """The dense way is apart only where kdops takes the compact one."""
+    """The dense way is apart only where kdops takes the compact one, autocast where there is something to cast."""
     found = [EAGER, CHANNELS_LAST, COMPILE, CONVOLUTIONS, KDOPS]
-    return found + [DENSE] * (case.dtype == SINGLE and not case.mask_on_channel)
+    return found + ([AUTOCAST] if case.dtype == HALF else [DENSE] * (not case.mask_on_channel))
 
 
 def markdown(rows: list[table.Row]) -> str:
@@ -171,6 +172,9 @@ def _step(name: str, case: MGDCase, device: str) -> timing.Step:
 def _provider(name: str, data: MGDStep) -> tuple[Callable, Tensor, Tensor]:
     if name in (KDOPS, DENSE):
         return data.module, data.student, data.teacher
+    if name == AUTOCAST:
+        cast = torch.autocast(data.student.device.type, dtype=data.student.dtype)
+        return cast(data.module.forward), data.student, data.teacher
     if name == CHANNELS_LAST:
         kind = {"memory_format": torch.channels_last}
         data.module.to(**kind)

@@ -19,8 +19,8 @@ from kdops._first_convolution import FIELDS, Parameters, convolve, path
 from kdops._generation import chain_backward, compute_dtype, refusing_double_backward
 from kdops._mask import Mask
 
-# A chunk has so many positions for every thread: fewer, and the library's convolutions lose their pace.
-_POSITIONS_PER_THREAD = 400
+# A chunk has so many positions for every thread at least: with fewer the library's convolutions lose their pace.
+_POSITIONS_PER_THREAD = 800
 
 
 def generation_loss(student: Tensor, teacher: Tensor, parameters: Parameters, mask: Mask, alpha: float) -> Tensor:
@@ -49,7 +49,7 @@ class _Loss(torch.autograd.Function):
         p, keep = Parameters(*parameters).to(dtype), mask.positions()
         sums = _Sums(student)
         with torch.autocast("cpu", enabled=False):
-            for images in _chunks(student):
+            for images in _chunks(student, p):
                 part = mask._replace(keep=keep[images], seed=None, shape=tuple(keep[images].shape))
                 sums.add(images, *_chunk(student[images].to(dtype), teacher[images], p, part, wanted))
         ctx.slope, ctx.anchor = 2 * alpha / student.shape[0], anchor
@@ -102,7 +102,10 @@ class _Sums:
                 self.grads[name] = grad.to(self.dtype)
 
 
-def _chunks(student: Tensor) -> Iterator[slice]:
+def _chunks(student: Tensor, p: Parameters) -> Iterator[slice]:
+    """Slices of the batch, each map of which is no smaller than the weights whose gradients every chunk makes anew."""
     n, _, h, w = student.shape
-    images = max(1, math.ceil(_POSITIONS_PER_THREAD * torch.get_num_threads() / (h * w)))
+    weights = p.weight1.numel() + p.weight2.numel()
+    positions = max(_POSITIONS_PER_THREAD * torch.get_num_threads(), weights // p.weight1.shape[0])
+    images = math.ceil(positions / (h * w))
     return (slice(i, i + images) for i in range(0, n, images))

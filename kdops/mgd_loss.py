@@ -71,6 +71,10 @@ class MGDLoss(MaskedGeneration):
     Published settings (lambda_mgd, alpha_mgd): one-stage detectors 0.65, 2e-5; two-stage 0.45, 5e-7; segmentation
     0.75, 2e-5; classification, with ``mask_on_channel``, 0.15, 7e-5.
 
+    On a CPU the forward computes the gradients too, a few images at a time, so that a step keeps no map of the chain.
+    Half-precision inputs are computed in fp32 there and rounded once, but for bf16 under torch.autocast, which runs the
+    convolutions in bf16.
+
     Args:
         student_channels: width of ``preds_S``.
         teacher_channels: width of ``preds_T`` and of the generator; where it differs, a 1x1 convolution aligns.

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import kdops
 from kdops import _generation_by_images, _mask
+from kdops._first_convolution import Parameters
 from kdops.testing import (
     GRADIENT_BUDGET,
     LAYOUTS,
@@ -66,10 +67,27 @@ def outcomes(case, device="cpu", weight=1.5):
     return got, wide, same
 
 
-@pytest.fixture(params=[1, 10**9], ids=["image_by_image", "at_once"])
+@pytest.fixture(params=[1, 2, 10**9], ids=["image_by_image", "two_images", "at_once"])
 def chunks(request, monkeypatch):
     """How the CPU cuts the batch; the tests' maps are too small to be cut otherwise."""
-    monkeypatch.setattr(_generation_by_images, "_POSITIONS_PER_THREAD", request.param)
+
+    def cut(student, p):
+        return (slice(i, i + request.param) for i in range(0, len(student), request.param))
+
+    monkeypatch.setattr(_generation_by_images, "_chunks", cut)
+
+
+@pytest.mark.parametrize(
+    "channels, size, threads, images",
+    [(128, (8, 40, 40), 2, 2), (128, (8, 40, 40), 4, 2), (128, (8, 40, 40), 16, 8), (256, (8, 20, 20), 2, 12)],
+)
+def test_chunks_of_a_batch(channels, size, threads, images, monkeypatch):
+    """Enough for the threads, and no smaller than the weights."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    weight = torch.empty(channels, channels, 3, 3)
+    student = torch.empty(size[0], channels, *size[1:])
+    slices = list(_generation_by_images._chunks(student, Parameters(weight, None, weight, None)))
+    assert slices == [slice(i, i + images) for i in range(0, size[0], images)]
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
