@@ -6,12 +6,15 @@ from pathlib import Path
 
 import kdops.integrations.mmengine.trusted_checkpoints  # noqa: F401  (to resume)
 import pytest
+import recipes
 import torch
 import toys
+from kdops.integrations.mmrazor import fuse
 from kdops.integrations.mmrazor.fuse import fuse_in_place
 from mmengine.config import Config
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import convert_sync_batchnorm
+from mmengine.registry import DefaultScope
 from mmengine.runner import Runner
 from mmrazor.registry import MODELS
 
@@ -120,6 +123,17 @@ def test_leaves_synchronised_norms():
     report = fuse_in_place(synchronised.distiller, toys.algorithm())
     assert not report.fused and "is SyncBN, not one of" in report.left["loss_feat"]
     assert dict(synchronised.distiller.connectors) == connectors
+
+
+def test_rtmdet_becomes_what_its_fused_config_builds():
+    cfg = recipes.stock_config(recipes.PAIRS[0])
+    model, expected = recipes.build(cfg.model), recipes.build(fuse(cfg)[0].model)
+    with DefaultScope.overwrite_default_scope("mmyolo"):
+        assert fuse_in_place(model.distiller, cfg).fused == ["loss_fpn0", "loss_fpn1", "loss_fpn2"]
+    assert str(model.distiller) == str(expected.distiller)
+    logs = [recipes.train(network, cfg, 128, steps=2) for network in (model, expected)]
+    for got, want in zip(*logs):
+        assert_same(got, want)
 
 
 def test_draws_no_random_number():
