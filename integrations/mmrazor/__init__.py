@@ -11,6 +11,7 @@ import_mmrazor()
 from kdops.integrations.mmengine import KDOpsStudentCheckpointHook  # noqa: E402
 
 from .fuse import FuseReport, KDOpsDistiller, fuse  # noqa: E402
+from .fuse_hook import KDOpsFuseHook  # noqa: E402
 from .hooks import KDOpsStopDistillHook, KDOpsTeacherEvalHook  # noqa: E402
 from .losses import KDOpsChannelWiseDivergence, KDOpsMGDConnector, KDOpsMGDLoss, KDOpsPKDLoss  # noqa: E402
 from .takeover import give_back, take_over  # noqa: E402
@@ -19,6 +20,7 @@ __all__ = [
     "FuseReport",
     "KDOpsChannelWiseDivergence",
     "KDOpsDistiller",
+    "KDOpsFuseHook",
     "KDOpsMGDConnector",
     "KDOpsMGDLoss",
     "KDOpsPKDLoss",

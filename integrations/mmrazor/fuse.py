@@ -17,6 +17,7 @@ from mmengine.config import Config, ConfigDict
 from mmengine.logging import print_log
 from mmrazor.models.distillers import ConfigurableDistiller
 from mmrazor.registry import MODELS
+from torch import device, nn
 
 CWD_TYPES = ("ChannelWiseDivergence", "KDOpsChannelWiseDivergence")
 BATCH_NORM_TYPES = ("BN", "BN2d")
@@ -71,6 +72,66 @@ class KDOpsDistiller(ConfigurableDistiller):
     def __init__(self, **kwargs: Any) -> None:
         fused, _ = fuse(kwargs)
         super().__init__(**fused)
+
+
+def fuse_in_place(distiller: ConfigurableDistiller, cfg: Cfg) -> FuseReport:
+    """Give a distiller that is built already the form that `fuse` gives its config.
+
+    Connectors keep their Parameter objects, so that an optimizer, or DistributedDataParallel, that knows them goes on.
+    No random number is drawn.
+
+    Args:
+        distiller: built from ``cfg``; changed.
+        cfg: as `fuse` takes it. Not changed.
+
+    Returns:
+        The report of `fuse`, which is also logged.
+
+    Raises:
+        ValueError: ``cfg`` holds no distiller, or the connectors of another one.
+    """
+    cfg = _with_synchronised_norms(_find_distiller(cfg), distiller)
+    fused, report = fuse(cfg)
+    for name in report.fused:
+        distiller.distill_losses[name] = _build_on_meta(fused["distill_losses"][name])
+    for name, connector in (cfg.get("connectors") or {}).items():
+        if name not in fused["connectors"]:
+            del distiller.connectors[name]
+        elif fused["connectors"][name] != connector:
+            plain = _build_on_meta(fused["connectors"][name])
+            _share_parameters(distiller.connectors[name], plain)
+            distiller.connectors[name] = plain
+    distiller.loss_forward_mappings = fused.get("loss_forward_mappings") or {}
+    return report
+
+
+def _with_synchronised_norms(cfg: Cfg, distiller: ConfigurableDistiller) -> Cfg:
+    """A copy of the config that says which norms mmengine's ``sync_bn=`` has exchanged in the model."""
+    cfg = copy.deepcopy(cfg)
+    connectors = cfg.get("connectors") or {}
+    if set(connectors) != set(distiller.connectors):
+        raise ValueError(
+            f"fuse_in_place: the distiller must have the connectors of its config, {sorted(connectors)}, "
+            f"got {sorted(distiller.connectors)}"
+        )
+    for name, connector in connectors.items():
+        synchronised = any("SyncBatchNorm" in type(module).__name__ for module in distiller.connectors[name].modules())
+        if synchronised and isinstance(connector, Mapping) and connector.get("norm_cfg"):
+            connector["norm_cfg"]["type"] = "SyncBN"
+    return cfg
+
+
+def _build_on_meta(cfg: Cfg) -> nn.Module:
+    """A module whose parameters have no values yet: these are neither allocated nor drawn."""
+    with device("meta"):
+        return MODELS.build({**cfg, "_scope_": "mmrazor"})
+
+
+def _share_parameters(source: nn.Module, target: nn.Module) -> None:
+    """Put the Parameter objects of a module in the places of the same names in another."""
+    for name, parameter in source.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        setattr(target.get_submodule(path), leaf, parameter)
 
 
 def _find_distiller(cfg: Cfg) -> Cfg:

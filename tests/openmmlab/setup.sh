@@ -16,7 +16,7 @@ mmcv_works() { [ "$("$venv/bin/python" -c "import mmcv.ops; print(mmcv.__version
 from_wheel() { [ -n "$wheel" ] && [ -f "$wheel" ] && pip "$wheel" && mmcv_works; }
 if ! mmcv_works && ! from_wheel; then
     echo "building mmcv $mmcv from source"
-    MMCV_WITH_OPS=1 FORCE_CUDA=0 MAX_JOBS=2 pip --no-build-isolation --force-reinstall --no-deps "mmcv==$mmcv"
+    MMCV_WITH_OPS=1 FORCE_CUDA=0 MAX_JOBS="${MAX_JOBS:-2}" pip --no-build-isolation --force-reinstall --no-deps "mmcv==$mmcv"
 fi
 # MMYOLO 0.6.0 admits mmcv up to 2.0.1 by a constant alone; later ones work and are what builds on this PyTorch.
 "$venv/bin/python" - <<'PY'

@@ -12,22 +12,12 @@ import toys
 from mmdet.registry import MODELS
 from mmengine.hooks import Hook
 from mmengine.runner import load_checkpoint
+from toys import detector, taps
 
 SCOPE = "mmdet"
 
 DRIVE = dict(type="KDOpsDistillHook")
 STUDENT = dict(type="ToyDetector", width=4)
-
-
-def taps(width=6, **options):
-    loss = dict(type="kdops.CWDLoss", norm="batch")
-    return [dict(student="neck", loss=loss, align=(4, width), name="feat", **options)]
-
-
-def detector(**options):
-    if "stages" not in options:
-        options = dict(teacher=dict(type="ToyDetector", width=6, drop=0.5), taps=taps(), **options)
-    return dict(type="mmdet.KDOpsDistilledDetector", student=STUDENT, **options)
 
 
 def progressive(folder=None):

@@ -1,9 +1,12 @@
 """MMYOLO's four RTMDet distillation configs give the same training with kdops as with stock MMRazor.
 
-In float32 over the recipe's first steps (its AdamW, its warm-up). Further on no two float32 runs that round
-differently stay together: a randomly initialised network and Adam's division by small gradients magnify a rounding,
-in the deepest student (l) from the second step on. So the full learning rate, and the deepest student, are compared in
-float64, where what is left of that is far below the tolerance.
+In float32 over the first three steps of the recipe (its AdamW, its warm-up), and in float64 at the full learning rate.
+
+All start from a box head that predicts boxes with an extent, as any trained one does. A fresh head's boxes have next to
+none, and their GIoU magnifies a rounding: in the deepest student (l), moving the weights of the first convolution by an
+ulp was seen to move stock MMRazor's own box loss by 2e-4 within these three steps, but by 4e-6 from boxes with an
+extent. At the full learning rate no two float32 runs that round differently stay together, as Adam divides by gradients
+that are nothing but rounding; in float64 what is left of that is far below the tolerance.
 """
 from __future__ import annotations
 
@@ -16,20 +19,29 @@ from mmengine.optim.optimizer import amp_optimizer_wrapper
 from mmengine.runner import set_random_seed
 
 SIZE = 128
+FLOAT32_SIZE = 192  # more positions for BatchNorm's statistics
+BOX_EXTENT = 3.0  # from a position to every side of its box, in strides
 DISTILL = ("distill.loss_fpn0", "distill.loss_fpn1", "distill.loss_fpn2")
 CONNECTORS = [f"distiller.connectors.fpn{i}_s.conv_module.conv.weight" for i in range(3)]
 
 SCOPE = "mmrazor"
 
 
+def with_extent(model):
+    with torch.no_grad():
+        for convolution in model.architecture.bbox_head.head_module.rtm_reg:
+            convolution.bias.fill_(BOX_EXTENT)
+    return model
+
+
 def stock(cfg):
-    return recipes.build(cfg.model)
+    return with_extent(recipes.build(cfg.model))
 
 
 def taken_over(cfg):
     take_over()
     try:
-        model = recipes.build(cfg.model)
+        model = with_extent(recipes.build(cfg.model))
     finally:
         give_back()
     assert {type(loss).__name__ for loss in model.distiller.distill_losses.values()} == {"KDOpsChannelWiseDivergence"}
@@ -39,7 +51,7 @@ def taken_over(cfg):
 def fused(cfg):
     cfg, report = fuse(cfg)
     assert report.fused == ["loss_fpn0", "loss_fpn1", "loss_fpn2"] and not report.left
-    model = recipes.build(cfg.model)
+    model = with_extent(recipes.build(cfg.model))
     assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in model.distiller.modules())
     return model
 
@@ -64,20 +76,20 @@ def assert_same(model, logs, expected_model, expected_logs, tolerance):
             parameter, expected[name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("pair, steps", [*((pair, 3) for pair in recipes.PAIRS[:3]), (recipes.PAIRS[3], 1)])
-def test_first_steps_of_the_recipe(pair, steps):
+@pytest.mark.parametrize("pair", recipes.PAIRS)
+def test_first_steps_of_the_recipe(pair):
     cfg = recipes.stock_config(pair)
     expected_model = stock(cfg)
-    expected_gradients = recipes.gradients(expected_model, SIZE)
-    expected_logs = recipes.train(expected_model, cfg, SIZE, steps)
+    expected_gradients = recipes.gradients(expected_model, FLOAT32_SIZE)
+    expected_logs = recipes.train(expected_model, cfg, FLOAT32_SIZE)
     for build in (taken_over, fused):
         model = build(cfg)
-        gradients = recipes.gradients(model, SIZE)
+        gradients = recipes.gradients(model, FLOAT32_SIZE)
         assert set(gradients) == set(expected_gradients)
         for name in CONNECTORS:
             error = (gradients[name] - expected_gradients[name]).norm() / expected_gradients[name].norm()
             assert error <= 1e-5, f"gradient of {name}: relative error {error:.2e}"
-        logs = recipes.train(model, cfg, SIZE, steps)
+        logs = recipes.train(model, cfg, FLOAT32_SIZE)
         assert_same(model, logs, expected_model, expected_logs, tolerance=1e-5)
 
 

@@ -57,6 +57,9 @@ LOADER = dict(
     dataset=dict(type="ToyDataset"), sampler=dict(type="DefaultSampler", shuffle=False), batch_size=4, num_workers=0,
     collate_fn=dict(type="default_collate"))
 
+# For comparisons: Adam divides by small gradients, and so magnifies a rounding.
+SGD = dict(optimizer=dict(type="SGD", lr=0.1))
+
 
 def algorithm(**overrides):
     """MMRazor's SingleTeacherDistill of the toys, with RTMDet's pattern of connectors and loss."""
@@ -82,14 +85,29 @@ def algorithm(**overrides):
         **overrides)
 
 
+def taps(width=6, **options):
+    loss = dict(type="kdops.CWDLoss", norm="batch")
+    return [dict(student="neck", loss=loss, align=(4, width), name="feat", **options)]
+
+
+def detector(**options):
+    """KDOpsDistilledDetector of the toys."""
+    if "stages" not in options:
+        options = dict(teacher=dict(type="mmengine.ToyDetector", width=6, drop=0.5), taps=taps(), **options)
+    return dict(type="mmdet.KDOpsDistilledDetector", student=dict(type="mmengine.ToyDetector", width=4), **options)
+
+
 def runner(work_dir, hooks, model=None, epochs=4, ema=True, **options) -> Runner:
     """A Runner of mmengine on the toys; 2 iterations an epoch."""
     if ema:
         hooks = [dict(type="EMAHook", ema_type="ExponentialMovingAverage", update_buffers=True, priority=49), *hooks]
     options.setdefault("train_cfg", dict(by_epoch=True, max_epochs=epochs))
     options.setdefault("optim_wrapper", dict(optimizer=dict(type="AdamW", lr=0.01)))
+    options.setdefault("log_level", "ERROR")
+    model = ConfigDict(model or algorithm())
+    options["cfg"] = dict(options.get("cfg", {}), model=model)
     return Runner(
-        model=ConfigDict(model or algorithm()), work_dir=str(work_dir), train_dataloader=LOADER, custom_hooks=hooks,
+        model=model, work_dir=str(work_dir), train_dataloader=LOADER, custom_hooks=hooks,
         default_hooks=dict(
             logger=dict(type="LoggerHook", interval=1), checkpoint=dict(type="CheckpointHook", interval=1)),
-        randomness=dict(seed=0), log_level="ERROR", experiment_name=str(work_dir).replace("/", "_"), **options)
+        randomness=dict(seed=0), experiment_name=str(work_dir).replace("/", "_"), **options)
