@@ -1,11 +1,11 @@
 """The kernels' way through MGD's generator: one autograd node, convolutions by the library, little kept alive.
 
-`generate` makes the generated map, `generation_loss` its squared error on a GPU (`kdops._generation_by_images` has the
-CPU's). Between forward and backward live the student's map (held by its producer anyway), the mask's seed, the ReLU's
-output and, with the loss, the difference to the teacher, which takes the generated map's place. The backward takes the
-second convolution apart: once the ReLU's output has served the weight gradient it shrinks to one bit per element, and
-the difference is given up before the next map is made. So about two maps are alive at the peak, where the eager chain
-holds four.
+`generate` makes the generated map, `generation_loss` its squared error over the whole batch, for a GPU and for bf16
+under autocast (`kdops._generation_by_images` has what else a CPU does). Between forward and backward live the student's
+map (held by its producer anyway), the mask's seed, the ReLU's output and, with the loss, the difference to the teacher,
+which takes the generated map's place. The backward takes the second convolution apart: once the ReLU's output has
+served the weight gradient it shrinks to one bit per element, and the difference is given up before the next map is
+made. So about two maps are alive at the peak, where the eager chain holds four.
 
 The gradient is linear in the difference, so its factor, 2 * alpha / N * grad_output, is multiplied into the results;
 fp16 alone takes it first, as its weight gradients would overflow. In half precision the mantissa of 2 * alpha / N is
@@ -73,9 +73,7 @@ def compute_dtype(student: Tensor) -> torch.dtype:
     ask for it by autocast.
     """
     autocast = _autocast_dtype(student)
-    if _op.on_gpu(student):
-        return autocast or student.dtype
-    if student.dtype == torch.float64 or autocast == torch.bfloat16:
+    if _op.on_gpu(student) or student.dtype == torch.float64 or autocast == torch.bfloat16:
         return autocast or student.dtype
     return torch.float32
 
@@ -122,10 +120,11 @@ class _Loss(torch.autograd.Function):
     ) -> Tensor:
         p = Parameters(*parameters)
         hidden = path(student, p, mask).hidden(student, p, mask)
-        difference = convolve(hidden, p.weight2, None)  # the library would add a bias in a pass of its own
+        on_gpu = _op.on_gpu(student)  # where the library adds a bias in a pass of its own
+        difference = convolve(hidden, p.weight2, None if on_gpu else p.bias2)
         slope = 2 * alpha / student.shape[0]
         scale = (math.frexp(slope)[0] or 1.0) if difference.dtype.itemsize == 2 else 1.0
-        loss = _ops.mgd_difference_(difference, p.bias2, teacher, scale)
+        loss = _ops.mgd_difference_(difference, p.bias2 if on_gpu else None, teacher, scale)
         ctx.mask, ctx.slope = mask.without_tensors(), slope / scale
         ctx.save_for_backward(student, keep, seed, hidden, difference, *parameters)
         return loss * (alpha / student.shape[0])

@@ -1,8 +1,9 @@
 """MGD's loss on a CPU: a few images at a time, each with its gradients, so that one chunk's maps are alive.
 
-The gradients are linear in grad_output. The forward therefore computes them while a chunk's maps are at hand, and the
-backward multiplies: between the two live the gradients themselves and no map of the chain. The parameters' gradients
-are summed over the chunks, and all are kept, in fp32 (fp64); half-precision results are rounded once, at the end.
+The forward computes the gradients for grad_output 1 while a chunk's maps are at hand, and the backward multiplies:
+between the two live the gradients and no map of the chain. Everything is computed and summed in fp32 (fp64), and
+rounded once at the end. Only a bf16 student's gradient is stored rounded: where grad_output is no power of two, which
+would round it again, the backward starts anew.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from kdops import _op
 from kdops._first_convolution import FIELDS, Parameters, convolve, path
-from kdops._generation import chain_backward, compute_dtype, refusing_double_backward
+from kdops._generation import chain_backward, refusing_double_backward
 from kdops._mask import Mask
 
 # A chunk has so many positions for every thread at least: with fewer the library's convolutions lose their pace.
@@ -45,33 +46,52 @@ class _Loss(torch.autograd.Function):
         student: Tensor,
         *parameters: Any,
     ) -> Tensor:
-        dtype = compute_dtype(student)
-        p, keep = Parameters(*parameters).to(dtype), mask.positions()
-        sums = _Sums(student)
-        with torch.autocast("cpu", enabled=False):
-            for images in _chunks(student, p):
-                part = mask._replace(keep=keep[images], seed=None, shape=tuple(keep[images].shape))
-                sums.add(images, *_chunk(student[images].to(dtype), teacher[images], p, part, wanted))
-        ctx.slope, ctx.anchor = 2 * alpha / student.shape[0], anchor
+        keep = mask.positions()
+        ctx.mask, ctx.wanted, ctx.anchor = mask.without_tensors(), wanted, anchor
+        ctx.slope = 2 * alpha / student.shape[0]
         ctx.dtypes = [None if x is None else x.dtype for x in (student, *parameters)]
-        ctx.save_for_backward(*(sums.grads.get(name) for name in FIELDS))
+        sums = _step(student, teacher, Parameters(*parameters), mask, keep, wanted, ctx.slope)
+        inputs = (teacher, keep, student, *parameters) if student.dtype == torch.bfloat16 else ()
+        ctx.save_for_backward(*sums.in_order(), *inputs)
         return student.new_tensor(sums.square * alpha / student.shape[0], dtype=sums.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
         saved = ctx.saved_tensors
-        scaled = iter(_op.scaled([g for g in saved if g is not None], grad_output.detach() * ctx.slope))
-        grads = [None if g is None else next(scaled).to(dtype) for g, dtype in zip(saved, ctx.dtypes)]
+        grads, inputs = saved[: len(FIELDS)], saved[len(FIELDS) :]
+        if inputs and not _op.is_power_of_two(grad_output):
+            teacher, keep, student, *parameters = inputs
+            slope = ctx.slope * grad_output.item()
+            with torch.no_grad():
+                sums = _step(student, teacher, Parameters(*parameters), ctx.mask, keep, ctx.wanted, slope)
+            grads = sums.in_order()
+        else:
+            scaled = iter(_op.scaled([g for g in grads if g is not None], grad_output.detach()))
+            grads = [None if g is None else next(scaled) for g in grads]
+        grads = [None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes)]
         return (None,) * 5 + tuple(refusing_double_backward("MGDLoss", grads, (*ctx.anchor, grad_output)))
 
 
+def _step(
+    student: Tensor, teacher: Tensor, p: Parameters, mask: Mask, keep: Tensor, wanted: dict[str, bool], slope: float
+) -> _Sums:
+    """SUM (generated - teacher)^2, and the gradients of slope / 2 times that."""
+    sums = _Sums(student)
+    p = p.to(sums.dtype)
+    with torch.autocast("cpu", enabled=False):
+        for images in _chunks(student, p):
+            part = mask._replace(keep=keep[images], seed=None, shape=tuple(keep[images].shape))
+            sums.add(images, *_chunk(student[images].to(sums.dtype), teacher[images], p, part, wanted, slope))
+    return sums
+
+
 def _chunk(
-    student: Tensor, teacher: Tensor, p: Parameters, mask: Mask, wanted: dict[str, bool]
+    student: Tensor, teacher: Tensor, p: Parameters, mask: Mask, wanted: dict[str, bool], slope: float
 ) -> tuple[float, list[Tensor | None]]:
-    """SUM (generated - teacher)^2 of some images, and the gradients of half of it."""
+    """The same of some images."""
     hidden = path(student, p, mask).hidden(student, p, mask)
     difference = convolve(hidden, p.weight2, p.bias2)
-    square = torch.ops.kdops.mgd_difference_(difference, None, teacher, 1.0).item()
+    square = torch.ops.kdops.mgd_difference_(difference, None, teacher, slope).item()
     if not any(wanted.values()):
         return square, [None] * len(FIELDS)
     grads = chain_backward(student, p, mask, hidden, difference, wanted, last=True, give_up_grad=True)
@@ -84,22 +104,32 @@ class _Sums:
     def __init__(self, student: Tensor) -> None:
         self.dtype = _op.accumulation_dtype([student], [])
         self.square = 0.0
-        self.grads: dict[str, Tensor] = {}
         self._student = student
+        self._grads: dict[str, Tensor] = {}
 
     def add(self, images: slice, square: float, grads: list[Tensor | None]) -> None:
         self.square += square
         for name, grad in zip(FIELDS, grads):
             if grad is None:
                 continue
-            if name == "student" and grad.shape != self._student.shape:
-                if name not in self.grads:
-                    self.grads[name] = torch.empty_like(self._student, dtype=self.dtype)
-                self.grads[name][images] = grad
-            elif name in self.grads:
-                self.grads[name] += grad
+            if name == "student":
+                self._put(images, grad)
+            elif name in self._grads:
+                self._grads[name] += grad
             else:
-                self.grads[name] = grad.to(self.dtype)
+                self._grads[name] = grad
+
+    def in_order(self) -> list[Tensor | None]:
+        return [self._grads.get(name) for name in FIELDS]
+
+    def _put(self, images: slice, grad: Tensor) -> None:
+        stored = torch.bfloat16 if self._student.dtype == torch.bfloat16 else self.dtype
+        if grad.shape == self._student.shape:
+            self._grads["student"] = grad.to(stored)
+            return
+        if "student" not in self._grads:
+            self._grads["student"] = torch.empty_like(self._student, dtype=stored)
+        self._grads["student"][images] = grad
 
 
 def _chunks(student: Tensor, p: Parameters) -> Iterator[slice]:

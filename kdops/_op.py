@@ -259,10 +259,15 @@ def scaled(grads: list[Tensor], grad_output: Tensor) -> list[Tensor]:
 def _handed_over(ctx: Any, grad_output: Tensor) -> list[Tensor] | None:
     """The forward's gradients, once, where multiplying by grad_output rounds nothing; they are let go otherwise."""
     grads, ctx.ready = ctx.ready, None
-    if grads is None or abs(math.frexp(grad_output.item())[0]) != 0.5:
+    if grads is None or not is_power_of_two(grad_output):
         return None
     torch.ops.kdops.scale_gradients_.default(grads, grad_output)
     return grads
+
+
+def is_power_of_two(factor: Tensor) -> bool:
+    """Whether multiplying by the scalar rounds nothing."""
+    return abs(math.frexp(factor.item())[0]) == 0.5
 
 
 def _fake_backward(grad_output: Tensor, student: list[Tensor], *args: Any) -> list[Tensor]:

@@ -131,7 +131,8 @@ class MGDLoss(MaskedGeneration):
         # Inductor fuses what surrounds the convolutions itself; a teacher in fp64 alone asks for sums in fp64.
         if torch.compiler.is_compiling() or (preds_T.dtype == torch.float64 != preds_S.dtype):
             return _fused([_generation.generate(preds_S, p, source)], [preds_T], self.alpha_mgd, 0)
-        kernels = _generation if _op.on_gpu(preds_S) else _generation_by_images
+        half = _generation.compute_dtype(preds_S).itemsize == 2
+        kernels = _generation if _op.on_gpu(preds_S) or half else _generation_by_images
         return kernels.generation_loss(preds_S, preds_T, p, source, self.alpha_mgd)
 
     def _check_teacher(self, preds_S: Tensor, preds_T: Any) -> None:

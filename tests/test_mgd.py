@@ -280,3 +280,18 @@ def test_same_bits_on_every_run_and_thread_count():
         torch.set_num_threads(threads)
     for run in runs[1:]:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
+
+
+@pytest.mark.parametrize("factor, anew", [(1.0, 0), (-(2.0**16), 0), (3.0, 1)])
+def test_bf16_is_computed_anew_where_scaling_would_round_again(factor, anew, monkeypatch):
+    case = MGDCase(32, 32, (3, 14, 12), dtype=torch.bfloat16, explicit=True)
+    step = case.step()
+    inputs = [step.student, *step.module.parameters()]
+    loss = step.module(step.student, step.teacher, step.mask)
+    steps, whole = [], _generation_by_images._step
+    monkeypatch.setattr(_generation_by_images, "_step", lambda *args: steps.append(1) or whole(*args))
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # of the backward alone: it changes nothing
+        got = torch.autograd.grad(loss, inputs, torch.tensor(factor))
+    assert len(steps) == anew
+    for g, expected in zip(got, step.eager(torch.float64, step.mask).run(factor)[1:]):
+        assert relative_error(g, expected) <= 1.02 * relative_error(expected.to(torch.bfloat16), expected)
