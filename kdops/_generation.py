@@ -98,7 +98,7 @@ class _Generate(torch.autograd.Function):
         student, keep, seed, hidden, *parameters = ctx.saved_tensors
         wanted = _wanted(ctx.needs_input_grad[1], ctx.needs_input_grad[4:])
         mask = ctx.mask.with_tensors(keep, seed)
-        last = not _keeps_graph()
+        last = not _op.keeps_graph()
         grads = chain_backward(student, Parameters(*parameters), mask, hidden, grad_output, wanted, last)
         grads = refusing_double_backward("masked_generation", grads, (student, *parameters, grad_output))
         return (None, grads[0], None, None, *grads[1:])
@@ -133,7 +133,7 @@ class _Loss(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple:
         student, keep, seed, hidden, difference, *parameters = ctx.saved_tensors
         wanted = _wanted(ctx.needs_input_grad[3], ctx.needs_input_grad[6:])
-        mask, factor, last = ctx.mask.with_tensors(keep, seed), grad_output.detach() * ctx.slope, not _keeps_graph()
+        mask, factor, last = ctx.mask.with_tensors(keep, seed), grad_output.detach() * ctx.slope, not _op.keeps_graph()
         if difference.dtype == torch.float16:
             (difference,), factor = _op.scaled([difference], factor), None
         grads = chain_backward(
@@ -174,10 +174,6 @@ def chain_backward(
             _ops.mgd_relu_backward_(inner, bits)
             results.update(path(student, p, mask).backward(student, p, mask, inner, wanted))
     return [results.get(name) for name in FIELDS]
-
-
-def _keeps_graph() -> bool:
-    return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _wanted(student: bool, parameters: Sequence[bool]) -> dict[str, bool]:

@@ -32,7 +32,7 @@ from kdops import _cuda, _extension
 library = torch.library.Library("kdops", "DEF")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # Whether the backward that runs now was called with retain_graph; PyTorch 2.4 cannot tell, so there it always may.
-_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 class Save(IntEnum):
@@ -250,7 +250,7 @@ def _what_to_save(student: Sequence[Tensor], reduction: int) -> Save:
 
 def scaled(grads: list[Tensor], grad_output: Tensor) -> list[Tensor]:
     """The saved gradients times grad_output: in place where this backward is the last that can need them."""
-    if _keeps_graph():
+    if keeps_graph():
         return torch.ops.kdops.scale_gradients.default(grads, grad_output)
     torch.ops.kdops.scale_gradients_.default(grads, grad_output)
     return grads

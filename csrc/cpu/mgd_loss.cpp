@@ -129,8 +129,8 @@ std::vector<at::Tensor> backward(const at::Tensor& grad_output, at::TensorList s
   });
 }
 
-// generated = scale * (generated - teacher); returns the sum of the squares of the difference. Image by image where the teacher has another layout, as its
-// copy in this one is then that of an image.
+// generated = scale * (generated - teacher); returns the sum of the squares of the difference. Image by image where the
+// teacher has another layout, as its copy in this one is then that of an image.
 template <class A>
 double subtract(const at::Tensor& generated, const at::Tensor& teacher, double scale) {
   const auto same = [&](const at::Tensor& s, const at::Tensor& t) {
