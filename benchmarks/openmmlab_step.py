@@ -32,7 +32,6 @@ from mmengine.runner import set_random_seed
 
 CONFIG = "rtmdet/distillation/kd_tiny_rtmdet_s_neck_300e_coco.py"
 STOCK, TAKEN_OVER, FUSED, STUDENT = "MMRazor", "kdops, names taken over", "kdops, fused", "student alone"
-PART = "distillation part"
 
 
 def load_config() -> Config:
@@ -108,9 +107,9 @@ def measure(images: int, size: int, seconds: float, device: str) -> list[table.R
     peaks = {("training step", variant): memory.peak_above_inputs(step, device) for variant, step in steps.items()}
     times = {"training step": timing.calls(steps, seconds, device)}
     parts = {variant: part(model) for variant, model in models.items() if variant != STUDENT}
-    peaks.update({(PART, variant): memory.peak_above_inputs(run, device) for variant, run in parts.items()})
-    times[PART] = timing.calls(parts, seconds / 3, device)
-    measured[PART] = parts
+    peaks.update({(timing.PART, variant): memory.peak_above_inputs(run, device) for variant, run in parts.items()})
+    times[timing.PART] = timing.calls(parts, seconds / 3, device)
+    measured[timing.PART] = parts
     shape = f"{images}x3x{size}x{size}"
     return [
         table.stamp(device) | {

@@ -67,7 +67,7 @@ def workloads(rows: list[table.Row]) -> list[Workload]:
     """The workloads of a results file, in its order, without its rows on host time, first calls and plain copies."""
     found: dict[Key, Workload] = {}
     for row in rows:
-        if row["mode"].startswith((timing.HOST, timing.STEP, "first call")) or row["op"] == "copy":
+        if row["mode"].startswith((timing.HOST, timing.STEP, timing.PART, "first call")) or row["op"] == "copy":
             continue
         key = tuple(row[c] for c in ("op", "options", "shape", "dtype", "layout"))
         found.setdefault(key, Workload(key)).rows[row["provider"], row["mode"]] = row
@@ -195,11 +195,11 @@ def _model_line(w: Workload, bandwidth: float, on_cpu: bool) -> str:
 
 def _step_table(rows: list[table.Row]) -> str:
     lines = [
-        (r["provider"], _ms(float(r["p20_us"])), _ms(float(r["p50_us"])), _ms(float(r["p80_us"])),
-         f"{float(r['peak_bytes']) / 2**20:.0f}")
-        for r in rows if r["mode"] == timing.STEP
+        (r["shape"], r["mode"], r["provider"], *(f"{float(r[q]) / 1e3:.1f}" for q in ("p20_us", "p50_us", "p80_us")),
+         f"{float(r['peak_bytes']) / 2**20:.1f}")
+        for r in rows if r["mode"] in (timing.STEP, timing.PART)
     ]  # fmt: skip
-    return _table(("loss", "p20 ms", "p50 ms", "p80 ms", "peak MiB above weights"), lines)
+    return _table(("images", "of what", "loss", "p20 ms", "p50 ms", "p80 ms", "peak MiB above weights"), lines)
 
 
 def _host_table(rows: list[table.Row]) -> str:

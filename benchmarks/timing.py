@@ -18,7 +18,7 @@ import torch
 from kdops.testing import as_list
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
-PASS, HOST, STEP = "pass", "host", "training step"
+PASS, HOST, STEP, PART = "pass", "host", "training step", "distillation part"
 GRAPH, WARM_GRAPH = "forward+backward, CUDA graph", "forward+backward, CUDA graph, warm L2"
 #: A sample shorter than this repeats its step: the clock and a cold branch predictor would weigh too much.
 SHORTEST_SAMPLE = 1e-3
