@@ -41,8 +41,8 @@ def masked_generation(
 
     ``conv3x3(ReLU(conv3x3(mask * align(student))))``, both 3x3 convolutions with padding 1.
 
-    A CPU computes half-precision inputs in fp32 and rounds results once, but for bf16 under torch.autocast, which runs the
-    convolutions in bf16.
+    A CPU computes half-precision inputs in fp32 and rounds results once, but for bf16 under torch.autocast, which runs
+    the convolutions in bf16.
 
     Args:
         student: Tensor[N, Cs, H, W] in float16, bfloat16, float32 or float64, any strides. Gets a gradient.
