@@ -96,7 +96,9 @@ class _LayerHook(_Hook):
             return
         feature = capture.places[self.index].pick(capture.role, output)
         compiling = torch.compiler.is_compiling()
-        capture.seen.setdefault(self.index, []).append((feature, None if compiling else feature._version))
+        if self.index not in capture.seen:  # not setdefault, which Dynamo of PyTorch 2.4 cannot trace
+            capture.seen[self.index] = []
+        capture.seen[self.index].append((feature, None if compiling else feature._version))
         if capture.stop and not compiling and len(capture.seen) == len(capture.places):
             raise _AllSeen
 
