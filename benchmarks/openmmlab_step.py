@@ -6,8 +6,8 @@ As a script and not as a module: kdops is then the one installed in that environ
 
 Random weights and images, the published config otherwise. Two things are measured: the whole step with mmengine's
 optimizer wrapper, and the distillation part of it, connectors and losses forward and backward on the step's own maps.
-Agreement comes first: the losses of all variants on one batch must be equal to 1e-5. What the output file
-holds of other shapes stays in it.
+Agreement comes first: the losses of all variants on one batch must be equal to 1e-5. What the output file holds of
+other shapes stays in it.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ def measure(images: int, size: int, seconds: float, device: str) -> list[table.R
     models = {variant: build(variant, cfg, device) for variant in (STOCK, TAKEN_OVER, FUSED, STUDENT)}
     steps = {variant: stepper(model, cfg, data) for variant, model in models.items()}
     check_agreement({variant: step() for variant, step in steps.items()})
-    measured = {"training step": steps}
-    peaks = {("training step", variant): memory.peak_above_inputs(step, device) for variant, step in steps.items()}
-    times = {"training step": timing.calls(steps, seconds, device)}
+    measured = {timing.STEP: steps}
+    peaks = {(timing.STEP, variant): memory.peak_above_inputs(step, device) for variant, step in steps.items()}
+    times = {timing.STEP: timing.calls(steps, seconds, device)}
     parts = {variant: part(model) for variant, model in models.items() if variant != STUDENT}
     peaks.update({(timing.PART, variant): memory.peak_above_inputs(run, device) for variant, run in parts.items()})
     times[timing.PART] = timing.calls(parts, seconds / 3, device)
