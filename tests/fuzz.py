@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from judge import Backend, Miss, judge, public
@@ -26,7 +27,8 @@ from tqdm import tqdm
 _SIMPLIFICATIONS = 400  # calls that a miss may cost
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main(arguments: list[str] | None = None, backend: Backend = public, resize: bool = True) -> int:
+    """The campaign; another backend than the public losses is the caller's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--seed", type=int, default=0)
@@ -37,20 +39,20 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     if options.repeat:
-        misses = judge(Call.from_json(options.repeat))
+        misses = judge(Call.from_json(options.repeat), backend)
         print("\n".join(map(str, misses)) or "no miss")
         return int(bool(misses))
     path = options.out / f"seed{options.seed}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lines:
-        kinds, calls = campaign(options, lines)
+        kinds, calls = campaign(options, lines, backend, resize)
     for (loss, what), count in kinds.most_common():
         print(f"{count:6d} {loss}: {what}")
     print(f"{calls} calls, {sum(kinds.values())} missed" + (f"; see {path}" if kinds else ""))
     return int(bool(kinds))
 
 
-def campaign(options: argparse.Namespace, lines: object) -> tuple[Counter, int]:
+def campaign(options: argparse.Namespace, lines: TextIO, backend: Backend, resize: bool) -> tuple[Counter, int]:
     """Calls until the time is over. Returns how many misses of which kind there were, and the number of calls."""
     pick, kinds, calls = random.Random(options.seed).choice, Counter(), 0
     start = time.monotonic()
@@ -58,17 +60,18 @@ def campaign(options: argparse.Namespace, lines: object) -> tuple[Counter, int]:
         while (elapsed := time.monotonic() - start) < options.seconds:
             bar.update(min(elapsed, options.seconds) - bar.n)
             bar.set_postfix(calls=calls, missed=sum(kinds.values()), refresh=False)
-            call, calls = random_call(pick, options.losses), calls + 1
-            misses = judge(call)
+            call, calls = random_call(pick, options.losses, resize), calls + 1
+            misses = judge(call, backend)
             if not misses:
                 continue
             kind = kind_of(call, misses[0])
             kinds[kind] += 1
             record = {"call": json.loads(call.json()), "misses": list(map(str, misses))}
             if kinds[kind] <= options.simplify:
-                simple = simplest(call, kind)
-                record["simple"], record["simple_misses"] = json.loads(simple.json()), list(map(str, judge(simple)))
-                bar.write(f"{call.loss}: {judge(simple)[0]}\n  {command(simple)}")
+                simple = simplest(call, kind, backend)
+                misses = judge(simple, backend)
+                record |= {"simple": json.loads(simple.json()), "simple_misses": list(map(str, misses))}
+                bar.write(f"{call.loss}: {misses[0]}\n  {command(simple)}")
             lines.write(json.dumps(record) + "\n")
             lines.flush()
     return kinds, calls
@@ -83,7 +86,7 @@ def kind_of(call: Call, miss: Miss) -> tuple[str, str]:
     return call.loss, re.sub(r"\d+", "#", miss.what)
 
 
-def simplest(call: Call, kind: tuple[str, str], backend: Backend = public) -> Call:
+def simplest(call: Call, kind: tuple[str, str], backend: Backend) -> Call:
     """A call with a miss of the same kind of which nothing can be left out; greedy, and limited in calls."""
     left, again = _SIMPLIFICATIONS, True
     while again:

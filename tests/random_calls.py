@@ -70,7 +70,8 @@ class Values:
     mean: float = 0.0  # in deviations
     constant: str = ""  # whose channels have one that is constant: student, teacher, both
     spike: float = 0.0  # the largest element, in deviations
-    near: float | None = None  # the teacher is the student times 1 + near * noise
+    near: float | None = None  # the teacher is gain times the student times 1 + near * noise
+    gain: float = 1.0
     bad: str = ""  # an element that is no number: "student nan", "teacher -inf"
 
 
@@ -128,7 +129,7 @@ class Call:
             teacher = self._map(shape, level.teacher_dtype, v.constant in ("teacher", "both"), generator)
         else:
             noise = torch.randn(level.shape, generator=generator, dtype=torch.float64)
-            teacher = _rounded(student[1].double() * (1 + v.near * noise), level.teacher_dtype)
+            teacher = _rounded(v.gain * student[1].double() * (1 + v.near * noise), level.teacher_dtype)
         teacher = level.teacher_view.of(teacher)
         whose, _, bad = v.bad.partition(" ")
         if bad:
@@ -176,10 +177,10 @@ class Inputs:
         return [*self.students, *(self.module.parameters() if self.module else ())]
 
 
-def random_call(pick: Pick, losses: Sequence[str] = LOSSES) -> Call:
-    """Draw a call; ``pick`` chooses one entry of a sequence."""
+def random_call(pick: Pick, losses: Sequence[str] = LOSSES, resize: bool = True) -> Call:
+    """Draw a call; ``pick`` chooses one entry of a sequence. resize: may the loss resize a map before its kernels?"""
     loss = pick(losses)
-    options = _options(pick, loss)
+    options = _options(pick, loss, resize)
     count = pick((1, 1, 1, 2, 3, 4)) if loss in ("cwd_loss", "pkd_loss") else 1
     values = _values(pick, with_bad=loss != "MGDLoss")
     levels = []
@@ -187,9 +188,9 @@ def random_call(pick: Pick, losses: Sequence[str] = LOSSES) -> Call:
         shape = _shape(pick, loss)
         if options.get("norm", "pkd" if loss == "pkd_loss" else None) and shape[0] * shape[2] * shape[3] == 1:
             shape = (2, *shape[1:])
-        levels.append(_level(pick, loss, shape, options))
+        levels.append(_level(pick, shape, options))
     if options.get("resize") or "student_channels" in options:
-        values = replace(values, near=None, bad="")  # what an interpolation makes of infinity is PyTorch's
+        values = replace(values, near=None, bad="", constant="")
     return Call(
         loss,
         pick(range(2**20)),
@@ -202,7 +203,7 @@ def random_call(pick: Pick, losses: Sequence[str] = LOSSES) -> Call:
     )
 
 
-def _options(pick: Pick, loss: str) -> dict[str, Any]:
+def _options(pick: Pick, loss: str, resize: bool) -> dict[str, Any]:
     if loss == "mgd_loss":
         return {"alpha_mgd": pick((2e-5, 1.0, 0.3))}
     if loss == "MGDLoss":
@@ -210,7 +211,7 @@ def _options(pick: Pick, loss: str) -> dict[str, Any]:
         o["mask_on_channel"] = pick((False, False, True))
         channels = pick((None, None, *WIDTHS))
         return o if channels is None else {**o, "student_channels": channels}
-    o = {"norm": pick(("pkd", "batch")), "resize": pick((None,) * 6 + ("student", "teacher"))}
+    o = {"norm": pick(("pkd", "batch")), "resize": pick((None,) * 6 + ("student", "teacher")) if resize else None}
     if loss == "cwd_loss":
         o = {"norm": pick((None, "batch", "pkd")), "tau": pick((1.0, 4.0, 0.5, 10.0, 0.1))}
     o["eps"] = pick((None, None, 1e-3, 1e-8))
@@ -226,6 +227,7 @@ def _values(pick: Pick, with_bad: bool) -> Values:
         constant=pick(("",) * 5 + ("student", "teacher", "both")),
         spike=pick((0.0,) * 5 + (1e2, 1e4)),
         near=pick((None,) * 5 + (1e-1, 1e-2, 1e-3, 1e-5, 0.0)),
+        gain=pick((1.0, 1.0, 1.5, 30.0)),
         bad=pick(("",) * 24 + tuple(f"{w} {b}" for w in ("student", "teacher") for b in ("nan", "inf", "-inf")))
         if with_bad
         else "",
@@ -245,16 +247,18 @@ def _shape(pick: Pick, loss: str) -> tuple[int, ...]:
     return tuple(shape[d] for d in "nchw")
 
 
-def _level(pick: Pick, loss: str, shape: tuple[int, ...], options: dict[str, Any]) -> Level:
-    size = None
-    if options.get("resize"):
-        size = tuple(pick([e for e in EXTENTS[:16] if shape[0] * e > 1]) for _ in "hw")
-    student_dtype, teacher_dtype = pick(DTYPES), pick(DTYPES)
-    return Level(shape, size, student_dtype, teacher_dtype, _random_view(pick), _random_view(pick))
+def _level(pick: Pick, shape: tuple[int, ...], options: dict[str, Any]) -> Level:
+    if options.get("resize") is None:
+        return Level(shape, None, pick(DTYPES), pick(DTYPES), _random_view(pick), _random_view(pick))
+    # PyTorch resizes a constant map to one that is not quite, and passes gradients on in the student's dtype, where
+    # that of such a channel overflows fp16: neither is the loss's doing.
+    size = tuple(pick([e for e in EXTENTS[:16] if shape[0] * e > 1]) for _ in "hw")
+    dtypes = pick([d for d in DTYPES if d != "float16"]), pick(DTYPES)
+    return Level(shape, size, *dtypes, _random_view(pick, expand=False), _random_view(pick, expand=False))
 
 
-def _random_view(pick: Pick) -> View:
-    kind = pick(("plain", "plain", "order", "order", "cut", "cut", "stepped", "expanded"))
+def _random_view(pick: Pick, expand: bool = True) -> View:
+    kind = pick(("plain", "plain", "order", "order", "cut", "cut", "stepped", *(("expanded",) if expand else ())))
     order = ORDERS[0] if kind == "plain" else pick(ORDERS)
     if kind in ("plain", "order"):
         return View(order)
