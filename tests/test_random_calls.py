@@ -175,6 +175,6 @@ def test_a_campaign_stores_and_repeats_its_misses(tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "seed0.jsonl").read_text().splitlines()]
     assert lines and all(line["misses"] for line in lines)
     repeat = ["--repeat", json.dumps(lines[0]["simple"])]
-    assert "--repeat" in capsys.readouterr().err
+    assert "--repeat" in capsys.readouterr().out
     assert fuzz.main(repeat, spoilt(spoil)) == 1
     assert fuzz.main(repeat) == 0
