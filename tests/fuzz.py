@@ -35,9 +35,10 @@ def main(arguments: list[str] | None = None, backend: Backend = public, resize: 
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)
     parser.add_argument("--simplify", type=int, default=3, help="how many misses of a kind are made simple")
     parser.add_argument("--out", type=Path, default=Path("runs/fuzz"))
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeat", metavar="JSON", help="run this call alone")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    torch.set_num_threads(options.threads)
     if options.repeat:
         misses = judge(Call.from_json(options.repeat), backend)
         print("\n".join(map(str, misses)) or "no miss")

@@ -69,8 +69,8 @@ def operators(find: Callable[[str], Any], save: Save = Save.STATS) -> Backend:
     return run
 
 
-def judge(call: Call, backend: Backend = public) -> list[Miss]:
-    """Run a call, and say what is wrong with what comes out."""
+def judge(call: Call, backend: Backend = public, cuts: bool = False) -> list[Miss]:
+    """Run a call, and say what is wrong with what comes out. cuts: bfloat16 is cut, as by Triton's interpreter."""
     inputs = call.inputs()
     before = [b.clone() for b in inputs.buffers]
     exact = Exact(call, inputs)
@@ -88,11 +88,11 @@ def judge(call: Call, backend: Backend = public) -> list[Miss]:
             misses.append(Miss(f"gradient {i} has dtype {g.dtype}, shape {tuple(g.shape)}, strides {g.stride()}"))
     for part, (name, results) in enumerate((("value", values), ("gradient", gradients))):
         for i, got in enumerate(results):
-            misses += _judge_one(f"{name} {i}", got, exact, part, i)
+            misses += _judge_one(f"{name} {i}", got, exact, part, i, cuts)
     return misses
 
 
-def _judge_one(what: str, got: Tensor, exact: Exact, part: int, index: int) -> list[Miss]:
+def _judge_one(what: str, got: Tensor, exact: Exact, part: int, index: int, cuts: bool) -> list[Miss]:
     want, top = exact.outcome[part][index], torch.finfo(got.dtype).max
     overflows = want.isfinite() & (want.abs() > 0.9 * top)
     if overflows.any():
@@ -102,8 +102,9 @@ def _judge_one(what: str, got: Tensor, exact: Exact, part: int, index: int) -> l
     if not torch.isfinite(want).all() or not torch.isfinite(got).all():
         return _judge_numbers(what, got, want)
     misses, ulp = [], torch.finfo(got.dtype)
-    # Gradients of the forward are rounded twice, but in half precision.
-    roundings = want.abs().clamp(min=ulp.smallest_normal) * (ulp.eps / 2) * (2 if got.dtype.itemsize > 2 else 1)
+    # In fp32 and fp64 a gradient is rounded in the forward, and once more when it is multiplied by grad_output.
+    half_ulps = 2 if got.dtype.itemsize > 2 or (cuts and got.dtype == torch.bfloat16) else 1
+    roundings = want.abs().clamp(min=ulp.smallest_normal) * (ulp.eps / 2) * half_ulps
     for name, budget, kept in exact.groups(part, index):
         error, size, rounding = norms(got.double() - want, kept), norms(want, kept), norms(roundings, kept)
         if (error <= budget * size + rounding).all():

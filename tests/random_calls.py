@@ -235,7 +235,7 @@ def _values(pick: Pick, with_bad: bool) -> Values:
 
 
 def _shape(pick: Pick, loss: str) -> tuple[int, ...]:
-    room = pick((64, 512, 512, 512, 4096, 4096, 20000))
+    room = pick((64,) * 2 + (512,) * 6 + (4096,) * 4 + (20000, 100000))
     shape = {}
     if loss == "MGDLoss":
         shape["c"] = pick(WIDTHS)
