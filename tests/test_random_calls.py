@@ -16,7 +16,7 @@ from random_calls import LOSSES, Call, Level, Values, random_call
 from kdops import _extension
 from kdops._op import Save
 
-EXAMPLES = {"cwd_loss": 250, "pkd_loss": 200, "mgd_loss": 50, "MGDLoss": 50}
+EXAMPLES = {"cwd_loss": 400, "pkd_loss": 400, "mgd_loss": 100, "MGDLoss": 120}
 OPERATORS = ("cwd_loss", "pkd_loss", "mgd_loss")
 few = settings(
     derandomize=True,
@@ -67,7 +67,7 @@ def test_public(loss):
 def test_operators(loss, save):
     """Both ways to the gradient. fp16's and that of reduction "none" are never the forward's."""
 
-    @settings(few, max_examples=60)
+    @settings(few, max_examples=100)
     @given(calls((loss,), resize=False))
     def run(call):
         fits = call.reduction != "none" and all(level.student_dtype in ("float32", "float64") for level in call.levels)
@@ -79,7 +79,7 @@ def test_operators(loss, save):
 
 @pytest.mark.parametrize("instruction_set", _extension.extension.instruction_sets()[1:] if _extension.extension else [])
 def test_other_instruction_sets(instruction_set):
-    @settings(few, max_examples=80)
+    @settings(few, max_examples=150)
     @given(calls(OPERATORS))
     def run(call):
         assert_right(call)
