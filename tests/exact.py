@@ -11,10 +11,11 @@ channels (rows, where they do not touch), may be off, in L2, by the rounding of 
    error of a backward stable algorithm. Near the teacher, where value and gradient vanish, this is relative to them.
    (Of itself in fp64, which is for checking gradients, and where PyTorch resizes the map in its own dtype.)
 4. `STABLE` * u of the natural scale. Of a gradient: the two terms whose difference it is, the student's and the
-   teacher's probabilities (CWD) or normalised maps (PKD); but nothing where both maps are constant over a row, as the
-   terms are equal then in any arithmetic. Of CWD's value: its exponentials, each of which is rounded, and the distances
-   of exponents and of log-sums, from which it remains. PKD's value is a sum of squares, which are small one by one near
-   the teacher: u^2 of its terms, below which it is nothing. Of both in fp64: the terms.
+   teacher's probabilities (CWD; and what the normalisation takes of them) or normalised maps (PKD); but nothing where
+   both maps are constant over a row, as the terms are equal then in any arithmetic. Of CWD's value: its exponentials,
+   each of which is rounded, and the distances of exponents and of log-sums, from which it remains. PKD's value is a sum
+   of squares, which are small one by one near the teacher: u^2 of its terms, below which it is nothing. Of both in
+   fp64: the terms.
 
 CWD and PKD do not depend on a channel's mean, so the oracle gets the distances from one of its elements, and constant
 channels are 0 for the eager code: that plain means have trouble with them is no excuse. A channel is judged by itself
@@ -37,7 +38,7 @@ from kdops.pkd_loss import _resized as resized
 from kdops.testing import GRADIENT_BUDGET, VALUE_BUDGET, as_list
 
 TIMES_EAGER = 4
-STABLE = 12  # two exponentials that are 2e-7 = 3.4 u off, of rounded exponents, and some rounding
+STABLE = 24  # a sum of 32 in fp32 is up to 16 u off, two exponentials that are 2e-7 each 7 u
 CHANNEL = 4
 _UNITS = {torch.float32: 2.0**-24, torch.float64: 2.0**-51}
 _TRIES = 4
@@ -199,9 +200,12 @@ class Exact:
             return slope * weight * self._per_unit(c) * (s.abs() + t.abs()), torch.zeros((), dtype=torch.bool)
         ties = (s == s[:, :, :1, :1]) & (t == t[:, :, :1, :1])
         ties = ties.flatten(2).all(dim=2)[:, :, None, None]
-        p_s, p_t = (x.flatten(2).softmax(dim=2).view_as(x) for x in (s, t))
-        weight = weight.view(n, c, 1, 1) if weight.dim() else weight
-        return slope * o["tau"] * weight * self._per_unit(n * c) * (p_s + p_t), ties
+        terms = sum(x.flatten(2).softmax(dim=2).view_as(x) for x in (s, t))
+        terms = terms * (weight.view(n, c, 1, 1) if weight.dim() else weight)
+        if self.joined:  # what the normalisation takes away again
+            distance = (s * o["tau"]).abs()
+            terms = terms + distance * (terms * distance).mean(dim=(0, 2, 3), keepdim=True)
+        return slope * o["tau"] * self._per_unit(n * c) * terms, ties
 
     def value_terms(self, index: int) -> Tensor:
         """The natural scale of a value: exponentials rounded each by itself, or squares."""
