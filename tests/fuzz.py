@@ -136,7 +136,9 @@ def _simpler_levels(level: Level) -> Iterator[Level]:
             yield replace(level, **{f"{side}_dtype": "float32"})
     for d, n in enumerate(level.shape):
         for smaller in sorted({1, 2, 3, n // 2, n - 1} & set(range(1, n))):
-            yield replace(level, shape=(*level.shape[:d], smaller, *level.shape[d + 1 :]))
+            shape = (*level.shape[:d], smaller, *level.shape[d + 1 :])
+            if level.teacher_size is None or shape[0] * shape[2] * shape[3] > 1:  # one value is not resized to be one
+                yield replace(level, shape=shape)
 
 
 if __name__ == "__main__":
