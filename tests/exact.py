@@ -13,9 +13,9 @@ channels (rows, where they do not touch), may be off, in L2, by the rounding of 
 4. `STABLE` * u of the natural scale. Of a gradient: the two terms whose difference it is, the student's and the
    teacher's probabilities (CWD; and what the normalisation takes of them) or normalised maps (PKD); but nothing where
    both maps are constant over a row, as the terms are equal then in any arithmetic. Of CWD's value: its exponentials,
-   each of which is rounded, and the distances of exponents and of log-sums, from which it remains. PKD's value is a sum
-   of squares, which are small one by one near the teacher: u^2 of its terms, below which it is nothing. Of both in
-   fp64: the terms.
+   each of which is rounded, and the distances of exponents and of log-sums, from which it remains. Of PKD's value: the
+   squares of the normalised maps, whose sums are all that a single pass over the maps leaves of them. Of both in fp64:
+   the terms.
 
 CWD and PKD do not depend on a channel's mean, so the oracle gets the distances from one of its elements, and constant
 channels are 0 for the eager code: that plain means have trouble with them is no excuse. A channel is judged by itself
@@ -139,8 +139,7 @@ class Exact:
         off = [TIMES_EAGER * norms(x[part][index].double() - want, kept) for x in self.eager]
         off += [norms(x[part][index] - want, kept) for x in self.moved]
         if self.invariant and part == 0:
-            square = self.call.loss == "pkd_loss" and self.sums == torch.float32
-            off.append((STABLE * self.unit) ** (2 if square else 1) * norms(self.value_terms(index), kept))
+            off.append(STABLE * self.unit * norms(self.value_terms(index), kept))
         if self.invariant and part == 1:
             terms, ties = self.gradient_terms(index)
             spread = max(1.0, (terms[0, 0].numel() / want[0, 0].numel()) ** 0.5)  # by what a resize's adjoint grows
