@@ -102,7 +102,7 @@ def test_cluster_sizes(loss, shape, dtype, shim, poisoned):
 @pytest.mark.parametrize("loss", testing.LOSSES)
 def test_any_order_of_threads_gives_the_same_bits(loss, path, shim, poisoned):
     """A missing barrier shows as another result in some order."""
-    shim.device(multiprocessors=3, shared=24 << 10)
+    shim.device(multiprocessors=3, shared=30 << 10)
     shapes, options = ((3, 4, 31, 33), (3, 5, 8, 8)), testing.LOSSES[loss][1][-1]
     case = testing.Case(loss, options, shapes, *[torch.bfloat16] * 2, **layouts(path))
     student, teacher = case.inputs()

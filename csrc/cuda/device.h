@@ -124,6 +124,12 @@ KDOPS_FN Values load_shared(const void* p) {
   return v;
 }
 template <class Values>
+KDOPS_FN void store_shared(void* p, const Values& v) {
+  typename Word<sizeof(Values)>::type word;
+  memcpy(&word, &v, sizeof(v));
+  *static_cast<typename Word<sizeof(Values)>::type*>(p) = word;
+}
+template <class Values>
 KDOPS_FN Values load_global(const void* p) {
   const auto word = __ldg(static_cast<const typename Word<sizeof(Values)>::type*>(p));
   Values v;

@@ -95,6 +95,14 @@ KDOPS_FN float& warp_result(int fields, int warp, int field, int channel) {
   return shared[(warp * fields + field) * kWarpChannels + channel];
 }
 
+// All channels of a lane at once: one by one they would meet in half of the memory banks.
+KDOPS_FN void put_warp_result(int fields, int field, const float (&x)[kLaneChannels]) {
+  Pack<float, kLaneChannels> pack;
+#pragma unroll
+  for (int j = 0; j < kLaneChannels; ++j) pack.x[j] = x[j];
+  device::store_shared(&warp_result(fields, device::warp(), field, device::lane() * kLaneChannels), pack);
+}
+
 KDOPS_FN float& part(const Problem& p, const Level& level, int field, int piece, int channel) {
   return p.parts[field * p.part_count + level.first_part + static_cast<int64_t>(piece) * level.channels + channel];
 }

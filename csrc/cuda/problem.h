@@ -57,8 +57,9 @@ struct Problem {
 };
 
 // Fields of the statistics that the backward gets; the operators' schemas fix them.
-enum CwdStat { kCwdMeanS, kCwdRS, kCwdRT, kCwdQS, kCwdMaxS, kCwdMaxT, kCwdZS, kCwdZT, kCwdDot, kCwdStats };
-enum PkdStat { kPkdMeanS, kPkdRS, kPkdMeanT, kPkdRT, kPkdQS, kPkdDot, kPkdStats };
+// A mean is kept as two numbers, the second (LO) the rest of the first.
+enum CwdStat { kCwdMeanS, kCwdRS, kCwdRT, kCwdQS, kCwdMaxS, kCwdMaxT, kCwdZS, kCwdZT, kCwdDot, kCwdMeanSLo, kCwdStats };
+enum PkdStat { kPkdMeanS, kPkdRS, kPkdMeanT, kPkdRT, kPkdQS, kPkdDot, kPkdMeanSLo, kPkdMeanTLo, kPkdStats };
 
 // Elements that one lane reads at once: 16 bytes.
 template <class T>
