@@ -35,9 +35,17 @@ class Shim:
         self.ops = torch.ops.kdops_shim
 
     def device(
-        self, architecture: int = 90, multiprocessors: int = 4, shared: int = 227 << 10, l2: int = 50 << 20
+        self,
+        architecture: int = 90,
+        multiprocessors: int = 4,
+        shared: int = 227 << 10,
+        l2: int = 50 << 20,
+        code: int | None = None,
+        busy: int = 0,
     ) -> None:
-        self._library.shim_set_device(architecture, multiprocessors, shared, l2)
+        """``code``: the architecture that the kernels were compiled for; ``busy``: multiprocessors that others hold."""
+        code = architecture if code is None else code
+        self._library.shim_set_device(architecture, multiprocessors, shared, l2, code, busy)
 
     def order(self, seed: int) -> None:
         """In which order threads take turns: 0 first come first served, odd random, even with some blocks far ahead."""

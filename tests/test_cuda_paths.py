@@ -117,7 +117,7 @@ def test_any_order_of_threads_gives_the_same_bits(loss, path, shim, poisoned):
 
 
 @pytest.mark.parametrize("loss", testing.LOSSES)
-@pytest.mark.parametrize(("l2", "blocks"), [(200 << 10, 1 * 8), (400 << 10, 2 * 6), (50 << 20, 7 * 1)])
+@pytest.mark.parametrize(("l2", "blocks"), [(200 << 10, 1 * 8), (700 << 10, 2 * 4), (50 << 20, 7 * 1)])
 def test_waves_of_groups(loss, l2, blocks, shim, poisoned):
     """Groups of several blocks, each with several channels one after the other, in any order of threads."""
     case = testing.Case(loss, testing.LOSSES[loss][1][-1], ((2, 5, 60, 71), (3, 2, 13, 19)))
@@ -234,3 +234,24 @@ def test_refusals(shim):
     assert "no cluster" in refusal(host.CLUSTER)
     shim.device(architecture=80)
     assert "compute capability 9.0" in refusal(host.CLUSTER)
+    shim.device(architecture=90, code=80)
+    assert "compiled for 8.0" in refusal(host.CLUSTER)
+    assert not host.forward(shim.ops, *on_one_level(), host.BLOCK, host.NOTHING)[0].isnan()
+    shim.device(multiprocessors=1)
+    assert "none to spare" in refusal(host.WAVES)
+    shim.device(multiprocessors=4, busy=4)
+    assert "no room" in refusal(host.WAVES)
+
+
+def on_one_level() -> tuple:
+    case = testing.Case("cwd_loss", {"norm": "batch"}, ((2, 4, 13, 19),))
+    return case, *case.inputs()
+
+
+@pytest.mark.parametrize("multiprocessors", [2, 4, 108, 132])
+def test_waves_leave_room_for_others(multiprocessors, shim):
+    """Blocks that wait for one another start beside a kernel that holds an eighth of the device."""
+    case = testing.Case("cwd_loss", {"norm": "batch"}, ((1, 1, 480, 480),), *[torch.bfloat16] * 2)
+    shim.device(multiprocessors=multiprocessors, busy=max(1, multiprocessors // 8))
+    value, _, _ = host.forward(shim.ops, case, *case.inputs(), host.WAVES, host.NOTHING)
+    assert torch.isfinite(value)

@@ -192,13 +192,13 @@ class CwdChannel {
 };
 
 template <class T, bool kOnChip>
-KDOPS_KERNEL(kThreads, 3) cwd_channels(KDOPS_PARAMETER Problem p) {
+KDOPS_KERNEL(kThreads, kChannelBlocks) cwd_channels(KDOPS_PARAMETER Problem p) {
   CwdChannel<T, kOnChip>(p).run();
 }
 
 // The gradient from saved statistics: one pass. A warp takes one piece of a row.
 template <class T>
-KDOPS_KERNEL(kThreads, 3) cwd_backward(KDOPS_PARAMETER Problem p) {
+KDOPS_KERNEL(kThreads, kChannelBlocks) cwd_backward(KDOPS_PARAMETER Problem p) {
   const int unit = device::block() / p.group, part = device::block() % p.group;
   const Level& level = level_of(p, unit);
   const int c = unit - level.first_unit, step = p.group * device::warps();

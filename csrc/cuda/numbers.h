@@ -62,6 +62,8 @@ KDOPS_FN Wide moved(Wide a, float step) {
   const Wide sum = exact_sum(a.hi, step);
   return {sum.hi, sum.lo + a.lo};
 }
+// Without a branch, between whose two ways a warp's shuffles would have to meet again.
+KDOPS_FN Wide chosen(bool first, Wide a, Wide b) { return {first ? a.hi : b.hi, first ? a.lo : b.lo}; }
 KDOPS_FN float step_between(Wide a, Wide b) { return (b.hi - a.hi) + (b.lo - a.lo); }
 
 // What Chan's formula takes from the counts of two sides.
@@ -81,7 +83,8 @@ struct Moments {
 };
 KDOPS_FN Moments merged(Moments a, Moments b) {
   const Shares shares = shares_of(a.count, b.count);
-  if (a.count == 0) a.mean = b.mean;  // not a step from 0: the division is approximate, and b / b may be less than 1
+  // From nothing there is no step: the division is approximate, and b / b may be less than 1.
+  a.mean = chosen(a.count == 0, b.mean, a.mean);
   const float step = step_between(a.mean, b.mean);
   return {shares.count, moved(a.mean, step * shares.of_b), a.m2 + b.m2 + step * step * shares.between};
 }
@@ -104,7 +107,8 @@ struct CoMoments {
 };
 KDOPS_FN CoMoments merged(CoMoments a, CoMoments b) {
   const Shares shares = shares_of(a.count, b.count);
-  if (a.count == 0) a.s = b.s, a.t = b.t, a.u = b.u;
+  const bool none = a.count == 0;
+  a.s = chosen(none, b.s, a.s), a.t = chosen(none, b.t, a.t), a.u = chosen(none, b.u, a.u);
   const float s = step_between(a.s, b.s), t = step_between(a.t, b.t), u = step_between(a.u, b.u);
   return {shares.count,
           moved(a.s, s * shares.of_b),

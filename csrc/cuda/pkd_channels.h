@@ -59,9 +59,10 @@ class PkdChannel {
       });
       float values[kCoMoments];
       values_of(warp_merged(lane.moments(count)), values);
-      if (device::lane() > 0) return;
+      if (device::lane() == 0) {
 #pragma unroll
-      for (int f = 0; f < kCoMoments; ++f) group_.put(f, local, index, values[f]);
+        for (int f = 0; f < kCoMoments; ++f) group_.put(f, local, index, values[f]);
+      }
     });
   }
 
@@ -97,13 +98,13 @@ class PkdChannel {
 };
 
 template <class T, bool kOnChip>
-KDOPS_KERNEL(kThreads, 3) pkd_channels(KDOPS_PARAMETER Problem p) {
+KDOPS_KERNEL(kThreads, kChannelBlocks) pkd_channels(KDOPS_PARAMETER Problem p) {
   PkdChannel<T, kOnChip>(p).run();
 }
 
 // The gradient from saved statistics: one pass. A warp takes one piece of a row.
 template <class T>
-KDOPS_KERNEL(kThreads, 3) pkd_backward(KDOPS_PARAMETER Problem p) {
+KDOPS_KERNEL(kThreads, kChannelBlocks) pkd_backward(KDOPS_PARAMETER Problem p) {
   const int unit = device::block() / p.group, part = device::block() % p.group;
   const Level& level = level_of(p, unit);
   const int c = unit - level.first_unit, step = p.group * device::warps();
