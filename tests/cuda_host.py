@@ -15,6 +15,10 @@ from kdops import testing
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK, CLUSTER, WAVES, CHANNELS_LAST = 1, 2, 3, 4
+#: The smallest bf16 maps for which every kind of meeting takes place on an H100: clusters of 8 blocks, waves of groups
+#: of at least 3, each with several channels.
+MEETING = {BLOCK: (2, 3, 20, 20), CLUSTER: (32, 2, 80, 80), WAVES: (4, 130, 80, 80), CHANNELS_LAST: (2, 130, 40, 41)}
+H100 = {"architecture": 90, "multiprocessors": 132, "shared": 227 << 10, "l2": 50 << 20}
 
 
 class LaunchRecord(NamedTuple):
@@ -46,6 +50,10 @@ class Shim:
         """``code``: the architecture that the kernels were compiled for; ``busy``: multiprocessors that others hold."""
         code = architecture if code is None else code
         self._library.shim_set_device(architecture, multiprocessors, shared, l2, code, busy)
+
+    def plan_only(self, wanted: bool) -> None:
+        """Write launches down without running them."""
+        self._library.shim_plan_only(wanted)
 
     def order(self, seed: int) -> None:
         """In which order threads take turns: 0 first come first served, odd random, even with some blocks far ahead."""

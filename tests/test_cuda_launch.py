@@ -22,10 +22,11 @@ pytestmark = pytest.mark.skipif(not HEADERS, reason="CUDA's headers are not here
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     library = tmp_path_factory.mktemp("runtime") / "launch.so"
-    compiler = [os.environ.get("CXX", "c++"), "-x", "c++", "-std=c++20", "-O1", "-shared", "-fPIC", "-pthread", "-Wl,-Bsymbolic"]
+    # Symbolic: its own runtime comes before the real one, which PyTorch may have loaded.
+    flags = "-x c++ -std=c++20 -O1 -shared -fPIC -pthread -Wl,-Bsymbolic".split()
     sources = [ROOT / "csrc/cuda/launch.cu", ROOT / "tests/cuda_shim/runtime.cpp"]
-    includes = [f"-I{HEADERS[0]}", f"-I{ROOT / 'csrc'}"]
-    done = subprocess.run([*compiler, *includes, *map(str, sources), "-o", str(library)], capture_output=True, text=True)
+    command = [os.environ.get("CXX", "c++"), *flags, f"-I{HEADERS[0]}", f"-I{ROOT / 'csrc'}", *map(str, sources)]
+    done = subprocess.run([*command, "-o", str(library)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return library
 

@@ -69,6 +69,7 @@ struct Machine {
   Device limits{90, 4, 227 << 10, 228 << 10, 50 << 20};
   int code = 90;  // architecture that the kernels were compiled for
   int busy = 0;   // multiprocessors that others hold
+  bool plan_only = false;
   unsigned seed = 0;  // 0: first come, first served; odd: a random order; even: some blocks run far ahead
   int64_t loaded = 0, stored = 0;
   std::string last_launch;
@@ -340,7 +341,7 @@ void run(Kernel kernel, const Launch& launch, const Problem& problem, void*) {
     throw std::runtime_error("host shim: a cooperative launch of more blocks than the device holds");
   if (launch.cooperative && launch.blocks > each * (machine.limits.multiprocessors - machine.busy))
     throw std::invalid_argument("host shim: no room for a cooperative launch");
-  for (int b = 0; b < launch.blocks; b += together) run_together(b, b + together);
+  for (int b = 0; b < launch.blocks && !machine.plan_only; b += together) run_together(b, b + together);
 }
 
 }  // namespace kdops::cuda
@@ -352,6 +353,7 @@ KDOPS_SHIM_EXPORT void shim_set_device(int architecture, int multiprocessors, in
   kdops::cuda::machine.limits = {architecture, multiprocessors, shared_bytes, shared_bytes + 1024, l2_bytes};
   kdops::cuda::machine.code = code, kdops::cuda::machine.busy = busy;
 }
+KDOPS_SHIM_EXPORT void shim_plan_only(int wanted) { kdops::cuda::machine.plan_only = wanted; }
 KDOPS_SHIM_EXPORT void shim_set_order(unsigned seed) { kdops::cuda::machine.seed = seed; }
 KDOPS_SHIM_EXPORT void shim_reset() {
   kdops::cuda::machine.loaded = kdops::cuda::machine.stored = 0;
