@@ -1,14 +1,15 @@
 // Channel-wise distillation, element by element and row by row: what both layouts share.
 //
-// A row's divergence is E_T[d] + ln(Z_S / Z_T) + offset, with d = ln e_T - ln e_S - offset for any offset. The two terms
-// nearly cancel where the student comes close to the teacher. With w = E_T[exp(-d) - 1] it is also
+// A row's divergence is E_T[d] + ln(Z_S / Z_T) + offset, with d = ln e_T - ln e_S - offset for any offset. The two
+// terms nearly cancel where the student comes close to the teacher. With w = E_T[exp(-d) - 1] it is also
 //
 //     E_T[d + exp(-d) - 1] + (ln(1 + w) - w)
 //
 // the first a sum of what is never negative, the second of second order in w, which an offset near the mean of d keeps
 // small. Both come from one visit to the row, so that every path has them without another byte. What is left: each d is
-// off by the rounding of two fp32 products, some 1e-7 of the logits' range, so that a value whose d are about 1e-4 is
-// right to about 1e-5, as long as roundings average out over the elements of a map.
+// off by the rounding of fp32 products, some 1e-7 of the logits' range. Relative errors of the value with a student
+// whose elements differ by e of themselves from the teacher's, tau 4, on every path: 2e-7 down to e = 1e-2 (loss 5e-5),
+// 1e-6 at 1e-3, 1e-5 at 1e-4 and 3e-4 at 1e-5 (loss 5e-11).
 #pragma once
 
 #include "numbers.h"
@@ -42,10 +43,10 @@ struct SoftmaxSums {
 };
 
 KDOPS_FN void add_softmax(SoftmaxSums& sums, const SumInputs& x, float s, float t) {
-  const float ds = s - x.in.max_s, dt = t - x.in.max_t, ks = ds * x.in.k_s, kt = dt * x.in.k_t;
-  const float es = device::exp2(ks * kLog2E), et = device::exp2(kt * kLog2E), d = (kt - ks) - x.offset;
+  const float ds = s - x.in.max_s, dt = t - x.in.max_t, d = (dt * x.in.k_t - x.offset) - ds * x.in.k_s;
+  const float es = device::exp2(ds * (x.in.k_s * kLog2E)), et = device::exp2(dt * (x.in.k_t * kLog2E));
   const float series = d * d * (0.5f + d * (-1 / 6.0f + d * (1 / 24.0f + d * (-1 / 120.0f + d * (1 / 720.0f)))));
-  const bool small = d > -0.25f && d < 0.25f;  // where the series is right to 4e-7, and the other form would cancel
+  const bool small = fabsf(d) < 0.25f;  // where the series is right to 4e-7, and the other form would cancel
   sums.z_s += es;
   sums.z_t += et;
   sums.difference += et * d;
@@ -59,7 +60,8 @@ KDOPS_FN void values_of(const SoftmaxSums& x, float (&values)[kSoftmaxSums]) {
   values[kZS] = x.z_s, values[kZT] = x.z_t, values[kDifference] = x.difference, values[kExcess] = x.excess;
   values[kSUnderS] = x.s_under_s, values[kSUnderT] = x.s_under_t;
 }
-// Of a whole row from its pieces, value(field, piece); there may be hundreds, so that their sums are kept in two numbers.
+// Of a whole row from its pieces, value(field, piece); there may be hundreds, so that their sums are kept in two
+// numbers.
 template <class Value>
 KDOPS_FN SoftmaxSums row_sums(int first, int stop, Value&& value) {
   Wide all[kSoftmaxSums] = {};
@@ -74,7 +76,7 @@ KDOPS_FN SoftmaxSums row_sums(int first, int stop, Value&& value) {
 // E[s] under the student's softmax less E[s] under the teacher's, and the row's divergence.
 KDOPS_FN float row_dot(const SoftmaxSums& sums) { return sums.s_under_s / sums.z_s - sums.s_under_t / sums.z_t; }
 KDOPS_FN float log1p_less_its_argument(float w) {
-  if (w < -0.125f || w > 0.125f) return log1pf(w) - w;
+  if (fabsf(w) > 0.125f) return log1pf(w) - w;
   float sum = 1 / 9.0f;
 #pragma unroll
   for (int n = 8; n >= 2; --n) sum = 1.0f / n - w * sum;
@@ -82,7 +84,7 @@ KDOPS_FN float log1p_less_its_argument(float w) {
 }
 KDOPS_FN float row_divergence(const SoftmaxSums& sums, float offset) {
   const float w = (sums.excess - sums.difference) / sums.z_t;
-  if (w > -0.5f && w < 0.5f) return sums.excess / sums.z_t + log1p_less_its_argument(w);
+  if (fabsf(w) < 0.5f) return sums.excess / sums.z_t + log1p_less_its_argument(w);
   return sums.difference / sums.z_t + offset + logf(sums.z_s / sums.z_t);
 }
 

@@ -63,8 +63,8 @@ int current_device() {
   return device;
 }
 
-// The driver takes microseconds to answer: each question is put once for a device and kernel. All launches have the same
-// number of threads. `ask` must not ask for anything remembered.
+// The driver takes microseconds to answer: each question is put once for a device and kernel. All launches have the
+// same number of threads. `ask` must not ask for anything remembered.
 template <class Ask>
 int remembered(Kernel kernel, int shared_bytes, int cluster, Ask&& ask) {
   static std::mutex mutex;

@@ -29,8 +29,8 @@ int code_architecture(Kernel kernel);
 int resident_blocks(Kernel kernel, int threads, int shared_bytes);
 // Clusters that the device holds at once; 0 where it has none of this size.
 int resident_clusters(Kernel kernel, const Launch& launch);
-// On `stream`, without waiting. Throws std::runtime_error with the driver's words, and std::invalid_argument where blocks
-// that wait for one another are more than the device has room for now.
+// On `stream`, without waiting. Throws std::runtime_error with the driver's words, and std::invalid_argument where
+// blocks that wait for one another are more than the device has room for now.
 void run(Kernel kernel, const Launch& launch, const Problem& problem, void* stream);
 
 }  // namespace kdops::cuda

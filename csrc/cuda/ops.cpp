@@ -150,8 +150,8 @@ std::vector<at::Tensor> backward(const at::Tensor& grad_output, at::TensorList s
   return std::move(call.grads);
 }
 
-// Refusals come as one kind of error, NotImplementedError in Python, that names the operator and the path: whoever chose
-// the path may then try another.
+// Refusals come as one kind of error, NotImplementedError in Python, that names the operator and the path: whoever
+// chose the path may then try another.
 template <class Loss, class Work>
 auto named(int64_t path, Work&& work) {
   try {

@@ -13,11 +13,14 @@ constexpr int kWarps = kThreads / kLanes;
 constexpr int kMostPieces = 512;      // of a channel, so that their table stays small
 constexpr int kPieceOverhead = 3;     // of a piece, in steps of a warp: reductions and prologues
 constexpr int kReservedShared = 1024;  // bytes that the system takes from each block
-// For maps that are to be found in the L2 cache again: half of it may hold what the other half holds too, since large GPUs
-// have two partitions, and gradients pass through half of the rest.
+// For maps that are to be found in the L2 cache again: half of it may hold what the other half holds too, since large
+// GPUs have two partitions, and gradients pass through half of the rest.
 constexpr double kShareOfL2 = 0.22;
-// One multiprocessor in so many is left to others by a launch whose blocks wait for one another: it starts only once all
-// of them have a place, while NCCL's kernels, say, keep theirs until every rank has come.
+// One multiprocessor in so many is left to others by a launch whose blocks wait for one another: it starts only once
+// all of them have a place, while NCCL's kernels, say, keep theirs until every rank has come. Where others hold more,
+// the launch waits for them, and whatever is behind it in its stream does; ranks that wait for one another's
+// collectives in different orders could then wait for ever. A launch that can never have room is refused by the driver
+// (see run).
 constexpr int kLeftToOthers = 8;
 
 [[noreturn]] void refuse(const std::string& reason) { throw std::invalid_argument(reason); }

@@ -1,4 +1,5 @@
-// A made-up CUDA runtime under csrc/cuda/launch.cu: it answers questions, writes down what is set, and launches nothing.
+// A made-up CUDA runtime under csrc/cuda/launch.cu: it answers questions, writes down what is set, and launches
+// nothing.
 #include <cuda_runtime_api.h>
 
 #include <atomic>
