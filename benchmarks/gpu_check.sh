@@ -22,12 +22,9 @@ step() {  # step NAME SECONDS COMMAND...: its output goes to FOLDER/NAME.log
 nvidia-smi >"$out/device.log" 2>&1
 "$python" -m torch.utils.collect_env >>"$out/device.log" 2>&1
 
-# The compilers of both sorts of kernels run beside one another.
-step triton 140 "$python" -m benchmarks.warm_triton &
-triton=$!
-step build 140 env KDOPS_REQUIRE_EXTENSION=1 "$python" setup.py build_ext --inplace || failed=1
-wait $triton || failed=1
-step tests 150 "$python" -m pytest -m gpu -p no:cacheprovider --maxfail=20 tests || failed=1
+step build 130 env KDOPS_REQUIRE_EXTENSION=1 "$python" setup.py build_ext --inplace || failed=1
+step triton 80 "$python" -m benchmarks.warm_triton || failed=1
+step tests 130 "$python" -m pytest -m gpu -p no:cacheprovider --maxfail=20 tests || failed=1
 
 # Small shapes, in which blocks of clusters and of waves meet: the tools slow a kernel down by two orders of magnitude,
 # and importing torch under one takes most of a minute. PyTorch's own allocator would hide accesses out of bounds.
@@ -35,7 +32,7 @@ sanitised=("$python" -m pytest -m gpu -p no:cacheprovider -x tests/test_cuda_gpu
 if command -v compute-sanitizer >/dev/null; then
   running=()
   for tool in memcheck racecheck synccheck; do
-    step $tool 170 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 "${sanitised[@]}" &
+    step $tool 140 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 "${sanitised[@]}" &
     running+=($!)
   done
   for job in "${running[@]}"; do wait "$job" || failed=1; done
@@ -43,6 +40,6 @@ else
   echo "memcheck, racecheck, synccheck: compute-sanitizer is not installed" | tee -a "$out/summary.log"
   failed=1
 fi
-step paths 70 "$python" -m benchmarks.gpu_paths --output "$out" || failed=1
-step bench 70 "$python" -m benchmarks.run --quick --device cuda --seconds 1 --output "$out" || failed=1
+step paths 60 "$python" -m benchmarks.gpu_paths --output "$out" || failed=1
+step bench 60 "$python" -m benchmarks.run --quick --device cuda --seconds 1 --output "$out" || failed=1
 exit $failed
