@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,9 +53,14 @@ class Shim:
         code = architecture if code is None else code
         self._library.shim_set_device(architecture, multiprocessors, shared, l2, code, busy)
 
-    def plan_only(self, wanted: bool) -> None:
-        """Write launches down without running them."""
-        self._library.shim_plan_only(wanted)
+    @contextmanager
+    def planning(self) -> Iterator[None]:
+        """Launches are written down without being run."""
+        self._library.shim_plan_only(True)
+        try:
+            yield
+        finally:
+            self._library.shim_plan_only(False)
 
     def order(self, seed: int) -> None:
         """In which order threads take turns: 0 first come first served, odd random, even with some blocks far ahead."""

@@ -22,7 +22,6 @@ def built():
 def shim(built):
     built.device()
     built.order(0)
-    built.plan_only(False)
     built.reset()
     return built
 
@@ -253,12 +252,12 @@ def on_one_level() -> tuple:
 def test_blocks_meet_in_the_shapes_for_the_sanitizer(shim):
     """Without a meeting of blocks a tool that looks for races has nothing to find."""
     shim.device(**host.H100)
-    shim.plan_only(True)
     for loss in testing.LOSSES:
         for path, shape in host.MEETING.items():
             case = testing.Case(loss, testing.LOSSES[loss][1][-1], (shape,), *[torch.bfloat16] * 2, **layouts(path))
             shim.reset()
-            host.forward(shim.ops, case, *case.inputs(), path, host.NOTHING)
+            with shim.planning():
+                host.forward(shim.ops, case, *case.inputs(), path, host.NOTHING)
             launch = shim.launches[0]
             assert launch.cluster == (8 if path == host.CLUSTER else 1)
             if path == host.WAVES:
@@ -272,6 +271,6 @@ def test_waves_leave_room_for_others(multiprocessors, shim):
     """Blocks that wait for one another start beside a kernel that holds an eighth of the device."""
     case = testing.Case("cwd_loss", {"norm": "batch"}, ((4, 8, 400, 400),), *[torch.bfloat16] * 2)
     shim.device(multiprocessors=multiprocessors, busy=max(1, multiprocessors // 8))
-    shim.plan_only(True)
-    host.forward(shim.ops, case, *case.inputs(), host.WAVES, host.NOTHING)
+    with shim.planning():
+        host.forward(shim.ops, case, *case.inputs(), host.WAVES, host.NOTHING)
     assert shim.launches[0].blocks > 2 * (multiprocessors - multiprocessors // 8 - 1)

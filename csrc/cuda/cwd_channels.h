@@ -117,8 +117,8 @@ class CwdChannel {
 
   KDOPS_FN SoftmaxInputs inputs(const Level& level, int n) const {
     const float* channel = group_.channel();
-    return {channel[kChannelRS] * p_.inv_tau, channel[kChannelRT] * p_.inv_tau, image(level, kImageMaxS, n),
-            image(level, kImageMaxT, n)};
+    return softmax_inputs(p_, channel[kChannelRS], channel[kChannelRT], image(level, kImageMaxS, n),
+                          image(level, kImageMaxT, n));
   }
   KDOPS_FN float offset(const SoftmaxInputs& in) const {
     return row_offset(in, group_.channel()[kChannelCentreS], group_.channel()[kChannelCentreT]);

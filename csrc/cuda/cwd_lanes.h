@@ -115,7 +115,7 @@ KDOPS_KERNEL(kThreads, 4) cwd_lane_sums(KDOPS_PARAMETER Problem p) {
     const CwdStats stats(p, level, tile.image, tile.channel + j);
     in[j] = sum_inputs(softmax_inputs(p, stats), stats(kCwdOffset));
   }
-  each_position<T>(level, tile, [&](const float (&s)[kLaneChannels], const float (&t)[kLaneChannels], int) {
+  each_position<T, 2>(level, tile, [&](const float (&s)[kLaneChannels], const float (&t)[kLaneChannels], int) {
 #pragma unroll
     for (int j = 0; j < kLaneChannels; ++j) add_softmax(sums[j], in[j], s[j], t[j]);
   });

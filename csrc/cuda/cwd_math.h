@@ -16,21 +16,25 @@
 
 namespace kdops::cuda {
 
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kMostOffset = 16.0f;  // exp of it stays far from overflow
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr float kMostOffset = 24.0f;  // 2 to that stays far from overflow
 
-// e_X = exp(k_X (x - max_X)) of a row.
+// e_X = 2^(k_X (x - max_X)) of a row: exponents, d and offsets are in units of ln 2.
 struct SoftmaxInputs {
   float k_s, k_t, max_s, max_t;
 };
+KDOPS_FN SoftmaxInputs softmax_inputs(const Problem& p, float r_s, float r_t, float max_s, float max_t) {
+  const float unit = p.inv_tau * kLog2E;
+  return {r_s * unit, r_t * unit, max_s, max_t};
+}
 struct SumInputs {
   SoftmaxInputs in;
   float offset, factor;  // of d, and its exponential
 };
 KDOPS_FN SumInputs sum_inputs(const SoftmaxInputs& in, float offset) {
-  return {in, offset, device::exp2(offset * kLog2E)};
+  return {in, offset, device::exp2(offset)};
 }
-// ln e_T - ln e_S at the centres of both maps. NaN and what is too large give way to a bound: any offset is right.
+// d at the centres of both maps, without an offset. NaN and what is too large give way to a bound: any offset is right.
 KDOPS_FN float row_offset(const SoftmaxInputs& in, float centre_s, float centre_t) {
   const float wanted = in.k_t * (centre_t - in.max_t) - in.k_s * (centre_s - in.max_s);
   return wanted > -kMostOffset ? (wanted < kMostOffset ? wanted : kMostOffset) : -kMostOffset;
@@ -44,13 +48,14 @@ struct SoftmaxSums {
 
 KDOPS_FN void add_softmax(SoftmaxSums& sums, const SumInputs& x, float s, float t) {
   const float ds = s - x.in.max_s, dt = t - x.in.max_t, d = (dt * x.in.k_t - x.offset) - ds * x.in.k_s;
-  const float es = device::exp2(ds * (x.in.k_s * kLog2E)), et = device::exp2(dt * (x.in.k_t * kLog2E));
-  const float series = d * d * (0.5f + d * (-1 / 6.0f + d * (1 / 24.0f + d * (-1 / 120.0f + d * (1 / 720.0f)))));
-  const bool small = fabsf(d) < 0.25f;  // where the series is right to 4e-7, and the other form would cancel
+  const float es = device::exp2(ds * x.in.k_s), et = device::exp2(dt * x.in.k_t), weighted = et * d;
+  constexpr float a = kLn2 * kLn2 / 2, b = -a * kLn2 / 3, c = -b * kLn2 / 4, e = -c * kLn2 / 5, f = -e * kLn2 / 6;
+  const float series = d * (a + d * (b + d * (c + d * (e + d * f))));
+  const bool small = fabsf(d) < 0.36f;  // where the series is right to 4e-7, and the other form would cancel
   sums.z_s += es;
   sums.z_t += et;
-  sums.difference += et * d;
-  sums.excess += small ? et * series : et * d + (es * x.factor - et);
+  sums.difference += weighted;
+  sums.excess += small ? weighted * series : weighted * kLn2 + (es * x.factor - et);
   sums.s_under_s += es * ds;
   sums.s_under_t += et * ds;
 }
@@ -83,9 +88,9 @@ KDOPS_FN float log1p_less_its_argument(float w) {
   return -w * w * sum;
 }
 KDOPS_FN float row_divergence(const SoftmaxSums& sums, float offset) {
-  const float w = (sums.excess - sums.difference) / sums.z_t;
+  const float w = (sums.excess - kLn2 * sums.difference) / sums.z_t;
   if (fabsf(w) < 0.5f) return sums.excess / sums.z_t + log1p_less_its_argument(w);
-  return sums.difference / sums.z_t + offset + logf(sums.z_s / sums.z_t);
+  return kLn2 * (sums.difference / sums.z_t + offset) + logf(sums.z_s / sums.z_t);
 }
 
 // dS = a e_S - b e_T - slope (s - mean) + rest, the mean rounded and `rest` what that left out.
@@ -94,8 +99,7 @@ struct GradientInputs {
   float a, b, slope, mean, rest;
 };
 KDOPS_FN float gradient_of(const GradientInputs& g, float s, float t) {
-  const float es = device::exp2((s - g.in.max_s) * (g.in.k_s * kLog2E));
-  const float et = device::exp2((t - g.in.max_t) * (g.in.k_t * kLog2E));
+  const float es = device::exp2((s - g.in.max_s) * g.in.k_s), et = device::exp2((t - g.in.max_t) * g.in.k_t);
   return (g.a * es - g.b * et) - (g.slope * (s - g.mean) - g.rest);
 }
 
@@ -109,7 +113,7 @@ struct CwdStats {
 };
 
 KDOPS_FN SoftmaxInputs softmax_inputs(const Problem& p, const CwdStats& stats) {
-  return {stats(kCwdRS) * p.inv_tau, stats(kCwdRT) * p.inv_tau, stats(kCwdMaxS), stats(kCwdMaxT)};
+  return softmax_inputs(p, stats(kCwdRS), stats(kCwdRT), stats(kCwdMaxS), stats(kCwdMaxT));
 }
 
 // grad_output times the factor of the row's gradient.

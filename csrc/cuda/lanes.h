@@ -71,11 +71,11 @@ class LaneMap {
   const bool pairs_;
 };
 
-// Calls f(s, t, position) for this warp's positions.
-template <class T, class F>
+// Calls f(s, t, position) for this warp's positions, `kUnroll` of them at a time: as many as registers allow.
+template <class T, int kUnroll = 4, class F>
 KDOPS_FN void each_position(const Level& level, const Tile& tile, F&& f) {
   const LaneMap<T> student(level, level.student, tile), teacher(level, level.teacher, tile);
-#pragma unroll 4
+#pragma unroll kUnroll
   for (int i = tile.start + device::warp(); i < tile.stop; i += kBlockWarps) {
     float s[kLaneChannels], t[kLaneChannels];
     student.load(i, s);
