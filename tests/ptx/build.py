@@ -1,0 +1,59 @@
+"""Builds C++ with the host's compiler into a cache folder, once for every state of the sources."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+FLAGS = ["-O2", "-std=c++20", "-fwrapv", "-ffp-contract=off", "-fPIC"]
+
+
+def cache_folder() -> Path:
+    """Where builds and compiled kernels are kept between runs."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kdops-ptx"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def key_of(paths: list[Path], *more: str) -> str:
+    """A name for the contents of files."""
+    digest = hashlib.sha256("\0".join(more).encode())
+    for path in sorted(paths):
+        digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def library(name: str, sources: list[Path], headers: list[Path], flags: list[str]) -> Path:
+    """A shared library of these sources."""
+    target = cache_folder() / f"{name}-{key_of([*sources, *headers], *flags)}.so"
+    if target.exists():
+        return target
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+        objects = [Path(folder) / f"{source.stem}.o" for source in sources]
+
+        def compile_one(pair: tuple[Path, Path]) -> None:
+            _run(["g++", *FLAGS, *flags, "-c", str(pair[0]), "-o", str(pair[1])])
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compile_one, zip(sources, objects)))
+        part = Path(folder) / "library.so"
+        _run(["g++", "-shared", *map(str, objects), "-o", str(part)])
+        os.replace(part, target)  # two processes may build at once
+    return target
+
+
+def interpreter() -> Path:
+    """The interpreter's library (half a minute the first time)."""
+    folder = HERE / "machine"
+    return library("ptx", sorted(folder.glob("*.cpp")), sorted(folder.glob("*.h")), [])
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
