@@ -47,6 +47,7 @@ def generate(student: Tensor, parameters: Parameters, mask: Mask) -> Tensor:
     """The generated map of checked inputs."""
     if torch.compiler.is_compiling():
         return compose(student, parameters, mask.positions())
+    _op.refuse_forward_mode("masked_generation", (student, *parameters))
     dtype = compute_dtype(student)
     generated = _Generate.apply(mask, student.to(dtype), *mask.tensors, *parameters.to(dtype))
     return generated.to(_autocast_dtype(student) or student.dtype)
@@ -54,6 +55,7 @@ def generate(student: Tensor, parameters: Parameters, mask: Mask) -> Tensor:
 
 def generation_loss(student: Tensor, teacher: Tensor, parameters: Parameters, mask: Mask, alpha: float) -> Tensor:
     """alpha / N * SUM (generated - teacher)^2 of checked inputs, in one node."""
+    _op.refuse_forward_mode("MGDLoss", (student, teacher, *parameters))
     dtype = compute_dtype(student)
     return _Loss.apply(mask, alpha, teacher, student.to(dtype), *mask.tensors, *parameters.to(dtype))
 

@@ -27,6 +27,7 @@ _POSITIONS_PER_THREAD = 800
 def generation_loss(student: Tensor, teacher: Tensor, parameters: Parameters, mask: Mask, alpha: float) -> Tensor:
     """alpha / N * SUM (generated - teacher)^2 of checked inputs, in one node."""
     inputs = (student, *parameters)
+    _op.refuse_forward_mode("MGDLoss", (*inputs, teacher))
     wanted = {name: torch.is_grad_enabled() and x is not None and x.requires_grad for name, x in zip(FIELDS, inputs)}
     anchor = (_op.anchor_of(*inputs),) if any(wanted.values()) else ()
     return _Loss.apply(mask, alpha, wanted, anchor, teacher, *inputs)

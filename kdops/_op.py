@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from kdops import _cuda, _extension
 
@@ -75,6 +76,7 @@ class FusedLoss:
 
     def __call__(self, student: list[Tensor], teacher: list[Tensor], *parameters: Any) -> Tensor:
         """The loss of checked inputs: a scalar, or for reduction "none" the values of all levels in one vector."""
+        refuse_forward_mode(self.name, (*student, *teacher))
         save = _what_to_save(student, reduction=parameters[-1])
         if torch.compiler.is_compiling():
             return self.forward(student, teacher, *parameters, save)[0]
@@ -180,6 +182,17 @@ class _RefuseDoubleBackward(torch.autograd.Function):
 def refuse_double_backward(name: str, grads: Sequence[Tensor], anchors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """The same gradients, which raise when they are differentiated with respect to one of the anchors."""
     return _RefuseDoubleBackward.apply(name, len(grads), *grads, *anchors)
+
+
+def refuse_forward_mode(name: str, inputs: Sequence[Tensor | None]) -> None:
+    """Raise where an input carries a tangent: kernels below autograd would drop it, which reads as a derivative of 0."""
+    if forward_ad._current_level < 0:  # no dual numbers anywhere
+        return
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        raise RuntimeError(
+            f"{name}: forward-mode differentiation (jvp) is not supported by the fused kernels, got an input with a "
+            'tangent. Use backend="reference" where one is needed.'
+        )
 
 
 def resolve(loss: str, backend: str, device: torch.device) -> str:

@@ -26,7 +26,7 @@ Maps = Union[Tensor, Sequence[Tensor]]
 _fused = _op.FusedLoss(
     "cwd_loss",
     "float tau, int norm, float eps, float loss_weight",
-    fields=9,
+    fields=10,
     units=lambda student: student.shape[0] * student.shape[1],
 )
 

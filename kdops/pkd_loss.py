@@ -27,7 +27,7 @@ _RESIZES = (None, "student", "teacher")
 _fused = _op.FusedLoss(
     "pkd_loss",
     "int norm, float eps, float loss_weight",
-    fields=6,
+    fields=8,
     units=lambda student: student.shape[1],
 )
 

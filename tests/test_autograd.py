@@ -3,9 +3,11 @@
 import gc
 import math
 import weakref
+from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 import kdops
@@ -205,3 +207,67 @@ def test_bf16_takes_the_forward_gradient_where_scaling_it_is_exact(loss, factor,
     assert len(backwards) == 1 + (recomputed if device == "cpu" else 1)
     for a, b in zip(first, second):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def mgd_module(student, teacher):
+    return kdops.MGDLoss(5, 5, backend="fused")(student, teacher)
+
+
+def generation(student, teacher):
+    return kdops.MaskedGeneration(5, 5, backend="fused")(student)
+
+
+def mgd_loss(student, teacher):
+    return kdops.mgd_loss(student, teacher, backend="fused")
+
+
+#: Every fused function, by the name in its errors.
+FUSED = {
+    **{name: partial(function, backend="fused") for name, (function, _) in testing.LOSSES.items()},
+    "mgd_loss": mgd_loss,
+    "MGDLoss": mgd_module,
+    "masked_generation": generation,
+}
+
+
+@pytest.mark.parametrize(
+    "name, side", [(n, s) for n in FUSED for s in ("student", "teacher") if (n, s) != ("masked_generation", "teacher")]
+)
+def test_forward_mode_is_refused(name, side):
+    """A kernel that drops the tangent would report a derivative of 0."""
+    maps = {key: torch.randn(2, 5, 6, 7) for key in ("student", "teacher")}
+    x = maps[side]
+
+    def call(x):
+        return FUSED[name](*{**maps, side: x}.values())
+
+    with forward_ad.dual_level():
+        with pytest.raises(RuntimeError, match=rf"{name}: forward-mode .* not supported .*reference"):
+            call(forward_ad.make_dual(x, torch.ones_like(x)))
+        call(x)  # without a tangent all is well, there too
+    with pytest.raises(RuntimeError, match=f"{name}: forward-mode"):
+        torch.func.jvp(call, (x,), (torch.ones_like(x),))
+
+
+@pytest.mark.parametrize("name", testing.LOSSES)
+def test_forward_mode_is_refused_under_compile(name):
+    student, teacher = torch.randn(2, 5, 6, 7), torch.randn(2, 5, 6, 7)
+
+    @torch.compile(backend="aot_eager")
+    def tangent(x):
+        return torch.func.jvp(lambda s: FUSED[name](s, teacher), (x,), (torch.ones_like(x),))
+
+    with pytest.raises(RuntimeError, match=f"{name}: forward-mode"):
+        tangent(student)
+
+
+def test_forward_mode_of_the_reference_works():
+    case = CASES[0]
+    student, teacher = (x.detach().double() for x in case.inputs())
+    tangent = torch.randn_like(student)
+
+    def call(s):
+        return case.call(s, teacher, "reference")
+
+    _, expected = torch.autograd.functional.jvp(call, student, tangent)
+    assert testing.relative_error(torch.func.jvp(call, (student,), (tangent,))[1], expected) < 1e-9

@@ -13,9 +13,12 @@ namespace kdops {
 namespace {
 
 // Fields of the statistics that the backward gets, one value a row; the operator's schema fixes them.
-enum Stat { kMeanS, kRS, kRT, kQS, kMaxS, kMaxT, kZS, kZT, kDot, kStats };
+enum Stat { kMeanS, kRS, kRT, kQS, kMaxS, kMaxT, kZS, kZT, kDot, kMeanSLo, kStats };
 // What else a row needs between the passes.
-enum Work { kMeanT = kStats, kM2S, kM2T, kEsS, kEtS, kEtT, kKS, kKT, kA, kB, kSlope, kKl, kFields };
+enum Work { kMeanT = kStats, kMeanTLo, kM2S, kM2T, kKS, kKT, kA, kB, kSlope, kKl, kFields };
+
+constexpr double kLn2 = 0.6931471805599453;
+constexpr int kMostLanes = 16;  // of the widest register
 
 struct Options {
   double tau;
@@ -38,8 +41,7 @@ class Cwd {
   std::vector<Pass> statistics() const {
     return {{unit(&Cwd::moments), nullptr},
             {nullptr, group(&Cwd::merge)},
-            {unit(&Cwd::softmax), nullptr},
-            {nullptr, group(&Cwd::divergence)}};
+            {unit(&Cwd::softmax), nullptr}};
   }
   std::vector<Pass> gradients() const {
     return {{nullptr, group(&Cwd::coefficients)}, {unit(&Cwd::gradient), nullptr}};
@@ -78,14 +80,15 @@ class Cwd {
     const int64_t row = level.row(n, block);
     const auto& k = kernels<A>();
     k.moments[level.student_dtype()][level.mode](level.strip(level.student, n, block), level.rows(block),
-                                                 {field(kMeanS, row), field(kM2S, row), field(kMaxS, row)});
+                                                 {field(kMeanS, row), field(kMeanSLo, row), field(kM2S, row), field(kMaxS, row)});
     k.moments[level.teacher_dtype()][level.mode](level.strip(level.teacher, n, block), level.rows(block),
-                                                 {field(kMeanT, row), field(kM2T, row), field(kMaxT, row)});
+                                                 {field(kMeanT, row), field(kMeanTLo, row), field(kM2T, row), field(kMaxT, row)});
   }
 
   // The rows of a channel start at `row` and lie `stride` apart.
   void merge(const Level& level, int64_t row, int64_t stride) const {
-    const Scale s = merged(level, row, stride, kMeanS, kM2S), t = merged(level, row, stride, kMeanT, kM2T);
+    const Scale s = merged(level, row, stride, kMeanS, kMeanSLo, kM2S);
+    const Scale t = merged(level, row, stride, kMeanT, kMeanTLo, kM2T);
     for (int64_t n = 0; n < level.batch; ++n, row += stride) {
       *field(kRS, row) = static_cast<A>(s.r), *field(kRT, row) = static_cast<A>(t.r);
       *field(kQS, row) = static_cast<A>(s.q);
@@ -93,34 +96,42 @@ class Cwd {
     }
   }
   // Chan's formula over rows of equal length; leaves the channel's mean in its rows.
-  Scale merged(const Level& level, int64_t row, int64_t stride, int mean_field, int m2_field) const {
+  Scale merged(const Level& level, int64_t row, int64_t stride, int mean_field, int lo_field, int m2_field) const {
+    const auto row_mean = [&](int64_t r) { return static_cast<double>(*field(mean_field, r)) + *field(lo_field, r); };
     double mean = 0, m2 = 0;
-    for (int64_t n = 0; n < level.batch; ++n) mean += *field(mean_field, row + n * stride);
+    for (int64_t n = 0; n < level.batch; ++n) mean += row_mean(row + n * stride);
     mean /= level.batch;
     for (int64_t n = 0; n < level.batch; ++n) {
-      const double away = *field(mean_field, row + n * stride) - mean;
+      const double away = row_mean(row + n * stride) - mean;
       m2 += *field(m2_field, row + n * stride) + away * away * level.positions;
     }
-    for (int64_t n = 0; n < level.batch; ++n) *field(mean_field, row + n * stride) = o_.norm ? static_cast<A>(mean) : 0;
+    if (!o_.norm) mean = 0;
+    for (int64_t n = 0; n < level.batch; ++n) {
+      const A nearest = static_cast<A>(mean);
+      *field(mean_field, row + n * stride) = nearest;
+      *field(lo_field, row + n * stride) = static_cast<A>(mean - nearest);
+    }
     return channel_scale(o_.norm, o_.eps, m2, static_cast<double>(level.batch * level.positions));
   }
 
   void softmax(const Level& level, int64_t n, int64_t block) const {
     const int64_t row = level.row(n, block);
+    const int rows = level.rows(block);
+    double z_s[kMostLanes], z_t[kMostLanes], z_gap[kMostLanes], es_s[kMostLanes], et_s[kMostLanes], et_log[kMostLanes];
     kernels<A>().softmax[level.student_dtype()][level.teacher_dtype()][level.mode](
-        level.strip_fetching(level.student, n, block), level.strip_fetching(level.teacher, n, block), level.rows(block),
+        level.strip_fetching(level.student, n, block), level.strip_fetching(level.teacher, n, block), rows,
         {field(kKS, row), field(kMaxS, row), field(kKT, row), field(kMaxT, row)},
-        {field(kZS, row), field(kZT, row), field(kEsS, row), field(kEtS, row), field(kEtT, row)});
-  }
-
-  void divergence(const Level& level, int64_t row, int64_t stride) const {
-    for (int64_t n = 0; n < level.batch; ++n, row += stride) {
-      const double z_s = *field(kZS, row), z_t = *field(kZT, row);
-      const double s_under_t = *field(kEtS, row) / z_t;
-      *field(kKl, row) = static_cast<A>(*field(kKT, row) * (*field(kEtT, row) / z_t) - *field(kKS, row) * s_under_t -
-                                        std::log(z_t) + std::log(z_s));
-      *field(kDot, row) = static_cast<A>(*field(kEsS, row) / z_s - s_under_t);
+        {z_s, z_t, z_gap, es_s, et_s, et_log});
+    for (int i = 0; i < rows; ++i) {
+      *field(kZS, row + i) = static_cast<A>(z_s[i]), *field(kZT, row + i) = static_cast<A>(z_t[i]);
+      *field(kDot, row + i) = static_cast<A>(es_s[i] / z_s[i] - et_s[i] / z_t[i]);
+      // Both terms vanish with the distance of the maps, and so does the error of each.
+      *field(kKl, row + i) = static_cast<A>(kLn2 * (et_log[i] / z_t[i]) + log_ratio(z_s[i], z_t[i], z_gap[i]));
     }
+  }
+  // ln(z_s / z_t) where gap is z_s - z_t, known better than its parts.
+  static double log_ratio(double z_s, double z_t, double gap) {
+    return std::abs(gap) < 0.5 * z_t ? std::log1p(gap / z_t) : std::log(z_s) - std::log(z_t);
   }
 
   void coefficients(const Level& level, int64_t row, int64_t stride) const {
@@ -143,7 +154,7 @@ class Cwd {
         level.strip(level.student, n, block), level.strip(level.teacher, n, block),
         level.strip(level.grad_in_place, n, block), level.rows(block),
         {field(kKS, row), field(kMaxS, row), field(kKT, row), field(kMaxT, row), field(kA, row), field(kB, row),
-         field(kSlope, row), field(kMeanS, row)});
+         field(kSlope, row), field(kMeanS, row), field(kMeanSLo, row)});
   }
 
   const Problem& p_;

@@ -5,6 +5,7 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <utility>
 
 #include "problem.h"
 
@@ -12,10 +13,22 @@ namespace kdops {
 namespace {
 
 // Fields of the statistics that the backward gets, one value a channel; the operator's schema fixes them.
-enum Stat { kMeanS, kRS, kMeanT, kRT, kQS, kDot, kStats };
+enum Stat { kMeanS, kRS, kMeanT, kRT, kQS, kDot, kMeanSLo, kMeanTLo, kStats };
 enum ChannelWork { kValue = kStats, kChannelFields };
 // What a row needs between the passes.
-enum RowWork { kRowMeanS, kRowMeanT, kRowSS, kRowTT, kRowST, kAlpha, kBeta, kRowFields };
+enum RowWork {
+  kRowMeanS,
+  kRowMeanSLo,
+  kRowMeanT,
+  kRowMeanTLo,
+  kRowSS,
+  kRowTT,
+  kRowST,
+  kRowDD,
+  kRowFields,
+  kAlpha = kRowSS,  // the gradient's, when the sums are no longer needed
+  kBeta = kRowTT,
+};
 
 struct Options {
   int64_t norm;
@@ -72,30 +85,47 @@ class Pkd {
     const int64_t row = level.row(n, block);
     kernels<A>().co_moments[level.student_dtype()][level.teacher_dtype()][level.mode](
         level.strip(level.student, n, block), level.strip(level.teacher, n, block), level.rows(block),
-        {field(kRowMeanS, row), field(kRowMeanT, row), field(kRowSS, row), field(kRowTT, row), field(kRowST, row)});
+        {field(kRowMeanS, row), field(kRowMeanSLo, row), field(kRowMeanT, row), field(kRowMeanTLo, row),
+         field(kRowSS, row), field(kRowTT, row), field(kRowST, row), field(kRowDD, row)});
   }
 
   // Chan's formula over the rows of channel `c`, the first of which is `row`.
   void merge(const Level& level, int64_t row, int64_t c) const {
     const double batch = level.batch, count = batch * level.positions;
-    double mean_s = 0, mean_t = 0, ss = 0, tt = 0, st = 0;
+    const auto row_mean_s = [&](int64_t r) { return static_cast<double>(*field(kRowMeanS, r)) + *field(kRowMeanSLo, r); };
+    const auto row_mean_t = [&](int64_t r) { return static_cast<double>(*field(kRowMeanT, r)) + *field(kRowMeanTLo, r); };
+    double mean_s = 0, mean_t = 0, ss = 0, tt = 0, st = 0, dd = 0;
     const auto each = [&](auto&& visit) {
       for (int64_t n = 0; n < level.batch; ++n) visit(row + n * level.channels);
     };
-    each([&](int64_t r) { mean_s += *field(kRowMeanS, r) / batch, mean_t += *field(kRowMeanT, r) / batch; });
+    each([&](int64_t r) { mean_s += row_mean_s(r) / batch, mean_t += row_mean_t(r) / batch; });
     each([&](int64_t r) {
-      const double away_s = *field(kRowMeanS, r) - mean_s, away_t = *field(kRowMeanT, r) - mean_t;
+      const double away_s = row_mean_s(r) - mean_s, away_t = row_mean_t(r) - mean_t, away = away_s - away_t;
       ss += *field(kRowSS, r) + away_s * away_s * level.positions;
       tt += *field(kRowTT, r) + away_t * away_t * level.positions;
       st += *field(kRowST, r) + away_s * away_t * level.positions;
+      dd += *field(kRowDD, r) + away * away * level.positions;
     });
     const Scale s = channel_scale(o_.norm, o_.eps, ss, count), t = channel_scale(o_.norm, o_.eps, tt, count);
     *channel(kMeanS, c) = static_cast<A>(mean_s), *channel(kMeanT, c) = static_cast<A>(mean_t);
+    *channel(kMeanSLo, c) = static_cast<A>(mean_s - *channel(kMeanS, c));
+    *channel(kMeanTLo, c) = static_cast<A>(mean_t - *channel(kMeanT, c));
     *channel(kRS, c) = static_cast<A>(s.r), *channel(kRT, c) = static_cast<A>(t.r);
     *channel(kQS, c) = static_cast<A>(s.q);
-    const double student = s.r * s.r * ss, teacher = t.r * t.r * tt, both = s.r * t.r * st;
-    *channel(kDot, c) = static_cast<A>(student - both);
-    *channel(kValue, c) = static_cast<A>(o_.weight / (2 * count) * (student + teacher - 2 * both));
+    const auto [distance, dot] = distance_of(s.r, t.r, ss, tt, st, dd);
+    *channel(kDot, c) = static_cast<A>(dot);
+    *channel(kValue, c) = static_cast<A>(o_.weight / (2 * count) * distance);
+  }
+
+  // r_S^2 SS + r_T^2 TT - 2 r_S r_T ST, and r_S^2 SS - r_S r_T ST. These forms cancel when the student comes near to the
+  // teacher; those with DD do not, but they do where the maps differ in scale.
+  static std::pair<double, double> distance_of(double r_s, double r_t, double ss, double tt, double st, double dd) {
+    if (r_s < 4 * r_t && r_t < 4 * r_s) {
+      const double surplus = r_s * ss - r_t * tt;
+      return {(r_s - r_t) * surplus + r_s * r_t * dd, 0.5 * r_s * ((r_s - r_t) * ss + surplus + r_t * dd)};
+    }
+    const double s_part = r_s * ss - r_t * st, t_part = r_t * tt - r_s * st;
+    return {r_s * s_part + r_t * t_part, r_s * s_part};
   }
 
   void coefficients(const Level& level, int64_t row, int64_t c) const {
@@ -106,7 +136,8 @@ class Pkd {
     const A beta = static_cast<A>(r_s * g * r_t);
     for (int64_t n = 0; n < level.batch; ++n, row += level.channels) {
       *field(kAlpha, row) = alpha, *field(kBeta, row) = beta;
-      *field(kRowMeanS, row) = *channel(kMeanS, c), *field(kRowMeanT, row) = *channel(kMeanT, c);
+      *field(kRowMeanS, row) = *channel(kMeanS, c), *field(kRowMeanSLo, row) = *channel(kMeanSLo, c);
+      *field(kRowMeanT, row) = *channel(kMeanT, c), *field(kRowMeanTLo, row) = *channel(kMeanTLo, c);
     }
   }
 
@@ -115,7 +146,8 @@ class Pkd {
     kernels<A>().affine[level.student_dtype()][level.teacher_dtype()][level.mode](
         level.strip(level.student, n, block), level.strip(level.teacher, n, block),
         level.strip(level.grad_in_place, n, block), level.rows(block),
-        {field(kAlpha, row), field(kRowMeanS, row), field(kBeta, row), field(kRowMeanT, row)});
+        {field(kAlpha, row), field(kRowMeanS, row), field(kRowMeanSLo, row), field(kBeta, row), field(kRowMeanT, row),
+         field(kRowMeanTLo, row)});
   }
 
   const Problem& p_;

@@ -14,11 +14,11 @@ namespace {
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kElementsPerThread = 1 << 15;
 
-// A stride that is never used (the dimension has one entry) matches anything.
-bool steps_by(const at::Tensor& x, int dim, int64_t stride) { return x.size(dim) == 1 || x.stride(dim) == stride; }
+// The stride from one position to the next, within a line; of a map that is one wide, from line to line.
+int64_t position_step(const at::Tensor& x) { return x.size(3) == 1 ? x.stride(2) : x.stride(3); }
 
-bool positions_readable(const at::Tensor& x) { return steps_by(x, 3, 1); }
-bool channels_readable(const at::Tensor& x) { return steps_by(x, 1, 1); }
+bool positions_readable(const at::Tensor& x) { return x.size(2) * x.size(3) == 1 || position_step(x) == 1; }
+bool channels_readable(const at::Tensor& x) { return x.size(1) == 1 || x.stride(1) == 1; }
 bool readable(const at::Tensor& x, Lanes mode) {
   return mode == kPositionsInLanes ? positions_readable(x) : channels_readable(x);
 }
@@ -26,11 +26,13 @@ bool readable(const at::Tensor& x, Lanes mode) {
 bool collapsible(const at::Tensor& x) {
   return x.size(2) == 1 || x.size(3) == 1 || x.stride(2) == x.size(3) * x.stride(3);
 }
-int64_t position_step(const at::Tensor& x) { return x.size(3) == 1 ? x.stride(2) : x.stride(3); }
+
+at::MemoryFormat format_of(Lanes mode) {
+  return mode == kPositionsInLanes ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast;
+}
 
 at::Tensor made_readable(const at::Tensor& x, Lanes mode) {
-  if (readable(x, mode)) return x;
-  return x.contiguous(mode == kPositionsInLanes ? at::MemoryFormat::Contiguous : at::MemoryFormat::ChannelsLast);
+  return readable(x, mode) ? x : x.contiguous(format_of(mode));
 }
 
 // The student's own layout decides; a map that is readable both ways has one position or one channel.
@@ -79,7 +81,9 @@ Problem::Problem(at::TensorList student, at::TensorList teacher, int lanes, bool
     level.collapsed = collapsible(level.student) && collapsible(level.teacher);
     if (want_grads) {
       level.grad = at::empty_like(student[i]);
-      level.grad_in_place = readable(level.grad, level.mode) ? level.grad : at::empty_like(level.student);
+      level.grad_in_place = readable(level.grad, level.mode)
+                                ? level.grad
+                                : at::empty_like(level.grad, level.grad.options(), format_of(level.mode));
       level.collapsed = level.collapsed && collapsible(level.grad_in_place);
     }
     level.batch = student[i].size(0), level.channels = student[i].size(1);

@@ -136,21 +136,37 @@ template <class A, int kMode>
 inline Vec<A> per_row(const A* p, int rows) {
   return kMode == kPositionsInLanes ? broadcast<A>(*p) : widen_part<A>(p, rows);
 }
-template <class A, int kMode>
-inline void put_sum(A* p, int rows, const Sum<A>& sum) {
+template <class A, int kMode, class Out>
+inline void put_sum(Out* p, int rows, const Sum<A>& sum) {
   if (kMode == kPositionsInLanes)
-    *p = static_cast<A>(sum_of_lanes<A>(sum.total));
+    *p = static_cast<Out>(sum_of_lanes<A>(sum.total));
   else
-    narrow_part<A>(p, narrowed<A>(sum.total), rows);
+    for (int i = 0; i < rows; ++i) p[i] = static_cast<Out>(sum.total[i]);
+}
+template <class A>
+inline void put_mean(A* mean, A* mean_lo, A centre, double shift) {
+  const double whole = centre + shift;
+  *mean = static_cast<A>(whole);
+  *mean_lo = static_cast<A>(whole - *mean);
 }
 
-// A value near the mean, so that centred sums do not cancel: the mean of the first register, or the first position.
+// A value near the mean, so that centred sums do not cancel: of the registers at the start, in the middle and at the
+// end of the strip each lane's median, which one outlier cannot move, then the mean of the lanes that are positions.
+// A constant row is its own centre, exactly.
 template <class A, class T, int kMode>
 inline Vec<A> centre_of(const Strip& x, int rows) {
-  if (kMode == kChannelsInLanes) return widen_part<A>(at<T>(x, 0, 0), rows);
-  const int count = x.length < lanes_of<A> ? static_cast<int>(x.length) : lanes_of<A>;
-  const WideVec<A> start = __builtin_convertvector(widen_part<A>(at<T>(x, 0, 0), count), WideVec<A>);
-  return broadcast<A>(static_cast<A>(sum_of_lanes<A>(start) / count));
+  constexpr int64_t width = kMode == kPositionsInLanes ? lanes_of<A> : 1;
+  const int count = kMode == kChannelsInLanes ? rows : static_cast<int>(x.length < width ? x.length : width);
+  const int64_t last = x.length < width ? 0 : x.length - width;
+  const Vec<A> start = widen_part<A>(at<T>(x, 0, 0), count);
+  const Vec<A> middle = widen_part<A>(at<T>(x, x.segments / 2, last / 2), count);
+  const Vec<A> end = widen_part<A>(at<T>(x, x.segments - 1, last), count);
+  const Vec<A> low = min<A>(start, middle), high = max<A>(start, middle);
+  const Vec<A> median = max<A>(low, min<A>(high, end));
+  if (kMode == kChannelsInLanes) return median;
+  double away = 0;
+  for (int i = 1; i < count; ++i) away += static_cast<double>(median[i]) - median[0];
+  return broadcast<A>(static_cast<A>(median[0] + away / count));
 }
 
 template <class A, class T, int kMode>
@@ -171,12 +187,12 @@ void moments(const Strip& x, int rows, Moments<A> out) {
       [&] { sum.flush(), square.flush(); });
   if (kMode == kPositionsInLanes) {
     const double total = sum_of_lanes<A>(sum.total), shift = total / count;
-    *out.mean = static_cast<A>(centre[0] + shift);
+    put_mean<A>(out.mean, out.mean_lo, centre[0], shift);
     *out.m2 = static_cast<A>(sum_of_lanes<A>(square.total) - total * shift);
     *out.max = max_of_lanes<A>(top);
   } else {
     const WideVec<A> shift = sum.total / count;
-    narrow_part<A>(out.mean, centre + narrowed<A>(shift), rows);
+    for (int i = 0; i < rows; ++i) put_mean<A>(out.mean + i, out.mean_lo + i, centre[i], shift[i]);
     narrow_part<A>(out.m2, narrowed<A>(square.total - sum.total * shift), rows);
     narrow_part<A>(out.max, top, rows);
   }
@@ -185,27 +201,30 @@ void moments(const Strip& x, int rows, Moments<A> out) {
 constexpr double kLog2E = 1.4426950408889634;
 
 template <class A, class S, class T, int kMode>
-void softmax(const Strip& s, const Strip& t, int rows, SoftmaxIn<A> in, SoftmaxOut<A> out) {
+void softmax(const Strip& s, const Strip& t, int rows, SoftmaxIn<A> in, SoftmaxOut out) {
   const Vec<A> k_s = per_row<A, kMode>(in.k_s, rows) * static_cast<A>(kLog2E), m_s = per_row<A, kMode>(in.m_s, rows);
   const Vec<A> k_t = per_row<A, kMode>(in.k_t, rows) * static_cast<A>(kLog2E), m_t = per_row<A, kMode>(in.m_t, rows);
-  Sum<A> z_s, z_t, es_s, et_s, et_t;
+  Sum<A> z_s, z_t, z_gap, es_s, et_s, et_log;
   sweep<A, S, T, kMode>(
       s, t, rows, Nowhere{},
       [&](Vec<A> x, Vec<A> y, auto mask) {
         const Vec<A> d_s = mask.keep(x - m_s), d_t = mask.keep(y - m_t);
-        const Vec<A> e_s = mask.keep(exp2_nonpositive(k_s * d_s)), e_t = mask.keep(exp2_nonpositive(k_t * d_t));
+        const Vec<A> y_s = k_s * d_s, y_t = k_t * d_t;
+        const Vec<A> e_s = mask.keep(exp2_nonpositive(y_s)), e_t = mask.keep(exp2_nonpositive(y_t));
         z_s.add(e_s);
         z_t.add(e_t);
+        z_gap.add(e_s - e_t);
         es_s.add(e_s * d_s);
         et_s.add(e_t * d_s);
-        et_t.add(e_t * d_t);
+        et_log.add(e_t * (y_t - y_s));
       },
-      [&] { z_s.flush(), z_t.flush(), es_s.flush(), et_s.flush(), et_t.flush(); });
+      [&] { z_s.flush(), z_t.flush(), z_gap.flush(), es_s.flush(), et_s.flush(), et_log.flush(); });
   put_sum<A, kMode>(out.z_s, rows, z_s);
   put_sum<A, kMode>(out.z_t, rows, z_t);
+  put_sum<A, kMode>(out.z_gap, rows, z_gap);
   put_sum<A, kMode>(out.es_s, rows, es_s);
   put_sum<A, kMode>(out.et_s, rows, et_s);
-  put_sum<A, kMode>(out.et_t, rows, et_t);
+  put_sum<A, kMode>(out.et_log, rows, et_log);
 }
 
 template <class A, class S, class T, int kMode>
@@ -214,11 +233,12 @@ void gradient(const Strip& s, const Strip& t, const Strip& ds, int rows, Gradien
   const Vec<A> k_t = per_row<A, kMode>(in.k_t, rows) * static_cast<A>(kLog2E), m_t = per_row<A, kMode>(in.m_t, rows);
   const Vec<A> a = per_row<A, kMode>(in.a, rows), b = per_row<A, kMode>(in.b, rows);
   const Vec<A> slope = per_row<A, kMode>(in.slope, rows), mean = per_row<A, kMode>(in.mean, rows);
+  const Vec<A> rest = slope * per_row<A, kMode>(in.mean_lo, rows);
   sweep<A, S, T, kMode>(
       s, t, rows, Into<A, S>{ds},
       [&](Vec<A> x, Vec<A> y, auto) {
         const Vec<A> e_s = exp2_nonpositive(k_s * (x - m_s)), e_t = exp2_nonpositive(k_t * (y - m_t));
-        return a * e_s - b * e_t - slope * (x - mean);
+        return a * e_s - b * e_t - (slope * (x - mean) - rest);
       },
       [] {});
 }
@@ -227,32 +247,39 @@ template <class A, class S, class T, int kMode>
 void co_moments(const Strip& s, const Strip& t, int rows, CoMoments<A> out) {
   const Vec<A> c_s = centre_of<A, S, kMode>(s, rows), c_t = centre_of<A, T, kMode>(t, rows);
   const double count = static_cast<double>(s.segments * s.length);
-  Sum<A> sum_s, sum_t, ss, tt, st;
+  Sum<A> sum_s, sum_t, ss, tt, st, dd;
   sweep<A, S, T, kMode>(
       s, t, rows, Nowhere{},
       [&](Vec<A> x, Vec<A> y, auto mask) {
-        const Vec<A> d_s = mask.keep(x - c_s), d_t = mask.keep(y - c_t);
+        const Vec<A> d_s = mask.keep(x - c_s), d_t = mask.keep(y - c_t), d = d_s - d_t;
         sum_s.add(d_s);
         sum_t.add(d_t);
         ss.add(d_s * d_s);
         tt.add(d_t * d_t);
         st.add(d_s * d_t);
+        dd.add(d * d);
       },
-      [&] { sum_s.flush(), sum_t.flush(), ss.flush(), tt.flush(), st.flush(); });
+      [&] { sum_s.flush(), sum_t.flush(), ss.flush(), tt.flush(), st.flush(), dd.flush(); });
   if (kMode == kPositionsInLanes) {
     const double total_s = sum_of_lanes<A>(sum_s.total), total_t = sum_of_lanes<A>(sum_t.total);
-    *out.mean_s = static_cast<A>(c_s[0] + total_s / count);
-    *out.mean_t = static_cast<A>(c_t[0] + total_t / count);
+    const double total_d = total_s - total_t;
+    put_mean<A>(out.mean_s, out.mean_s_lo, c_s[0], total_s / count);
+    put_mean<A>(out.mean_t, out.mean_t_lo, c_t[0], total_t / count);
     *out.ss = static_cast<A>(sum_of_lanes<A>(ss.total) - total_s * total_s / count);
     *out.tt = static_cast<A>(sum_of_lanes<A>(tt.total) - total_t * total_t / count);
     *out.st = static_cast<A>(sum_of_lanes<A>(st.total) - total_s * total_t / count);
+    *out.dd = static_cast<A>(sum_of_lanes<A>(dd.total) - total_d * total_d / count);
   } else {
     const WideVec<A> shift_s = sum_s.total / count, shift_t = sum_t.total / count;
-    narrow_part<A>(out.mean_s, c_s + narrowed<A>(shift_s), rows);
-    narrow_part<A>(out.mean_t, c_t + narrowed<A>(shift_t), rows);
+    const WideVec<A> sum_d = sum_s.total - sum_t.total;
+    for (int i = 0; i < rows; ++i) {
+      put_mean<A>(out.mean_s + i, out.mean_s_lo + i, c_s[i], shift_s[i]);
+      put_mean<A>(out.mean_t + i, out.mean_t_lo + i, c_t[i], shift_t[i]);
+    }
     narrow_part<A>(out.ss, narrowed<A>(ss.total - sum_s.total * shift_s), rows);
     narrow_part<A>(out.tt, narrowed<A>(tt.total - sum_t.total * shift_t), rows);
     narrow_part<A>(out.st, narrowed<A>(st.total - sum_s.total * shift_t), rows);
+    narrow_part<A>(out.dd, narrowed<A>(dd.total - sum_d * (shift_s - shift_t)), rows);
   }
 }
 
@@ -260,9 +287,11 @@ template <class A, class S, class T, int kMode>
 void affine(const Strip& s, const Strip& t, const Strip& ds, int rows, AffineIn<A> in) {
   const Vec<A> alpha = per_row<A, kMode>(in.alpha, rows), mean_s = per_row<A, kMode>(in.mean_s, rows);
   const Vec<A> beta = per_row<A, kMode>(in.beta, rows), mean_t = per_row<A, kMode>(in.mean_t, rows);
+  const Vec<A> rest =
+      alpha * per_row<A, kMode>(in.mean_s_lo, rows) - beta * per_row<A, kMode>(in.mean_t_lo, rows);
   sweep<A, S, T, kMode>(
-      s, t, rows, Into<A, S>{ds}, [&](Vec<A> x, Vec<A> y, auto) { return alpha * (x - mean_s) - beta * (y - mean_t); },
-      [] {});
+      s, t, rows, Into<A, S>{ds},
+      [&](Vec<A> x, Vec<A> y, auto) { return alpha * (x - mean_s) - (beta * (y - mean_t) + rest); }, [] {});
 }
 
 template <class A, class S, class T, int kMode>

@@ -32,36 +32,39 @@ enum Lanes : int { kPositionsInLanes = 0, kChannelsInLanes = 1 };
 
 // Per-row numbers live in arrays of the accumulation type A (float or double), one entry a row. A kernel gets the
 // address of the first of its `rows` entries (1, or the lanes in use).
+// A mean is a sum of two: `mean` is its nearest A, `mean_lo` the rest, without which x - mean of a map whose mean is 1000
+// deviations would be wrong by 3e-5 deviations.
 template <class A>
 struct Moments {  // out
-  A *mean, *m2, *max;
+  A *mean, *mean_lo, *m2, *max;
 };
 template <class A>
 struct SoftmaxIn {
   const A *k_s, *m_s, *k_t, *m_t;
 };
-template <class A>
-struct SoftmaxOut {  // sums over e_s = exp(k_s (s - m_s)) and e_t, centred at the maxima
-  A *z_s, *z_t, *es_s, *et_s, *et_t;
+// Sums over e_s = exp(k_s (s - m_s)) and e_t. z_gap is the sum of e_s - e_t: z_s - z_t would round away what is left of
+// it when the student comes near to the teacher. et_log is the sum of e_t log2(e_t / e_s).
+struct SoftmaxOut {
+  double *z_s, *z_t, *z_gap, *es_s, *et_s, *et_log;
 };
 template <class A>
 struct GradientIn {  // dS = a e_s - b e_t - slope (s - mean)
-  const A *k_s, *m_s, *k_t, *m_t, *a, *b, *slope, *mean;
+  const A *k_s, *m_s, *k_t, *m_t, *a, *b, *slope, *mean, *mean_lo;
 };
 template <class A>
-struct CoMoments {  // out
-  A *mean_s, *mean_t, *ss, *tt, *st;
+struct CoMoments {  // out; dd is the centred sum of (s - t)^2
+  A *mean_s, *mean_s_lo, *mean_t, *mean_t_lo, *ss, *tt, *st, *dd;
 };
 template <class A>
 struct AffineIn {  // dS = alpha (s - mean_s) - beta (t - mean_t)
-  const A *alpha, *mean_s, *beta, *mean_t;
+  const A *alpha, *mean_s, *mean_s_lo, *beta, *mean_t, *mean_t_lo;
 };
 
 // Kernels of one instruction set for accumulation type A; S and T are dtypes of student and teacher.
 template <class A>
 struct Kernels {
   void (*moments[kDtypes][2])(const Strip& x, int rows, Moments<A> out);
-  void (*softmax[kDtypes][kDtypes][2])(const Strip& s, const Strip& t, int rows, SoftmaxIn<A> in, SoftmaxOut<A> out);
+  void (*softmax[kDtypes][kDtypes][2])(const Strip& s, const Strip& t, int rows, SoftmaxIn<A> in, SoftmaxOut out);
   void (*gradient[kDtypes][kDtypes][2])(const Strip& s, const Strip& t, const Strip& ds, int rows, GradientIn<A> in);
   void (*co_moments[kDtypes][kDtypes][2])(const Strip& s, const Strip& t, int rows, CoMoments<A> out);
   void (*affine[kDtypes][kDtypes][2])(const Strip& s, const Strip& t, const Strip& ds, int rows, AffineIn<A> in);

@@ -134,6 +134,10 @@ template <class A>
 inline Vec<A> max(Vec<A> a, Vec<A> b) {
   return a > b ? a : b;
 }
+template <class A>
+inline Vec<A> min(Vec<A> a, Vec<A> b) {
+  return a < b ? a : b;
+}
 #if KDOPS_LANES == 16  // one instruction, where GCC makes two of the comparison
 template <>
 inline Vec<float> max<float>(Vec<float> a, Vec<float> b) {

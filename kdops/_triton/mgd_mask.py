@@ -89,17 +89,18 @@ def mgd_apply_mask_(
     threshold: int,
     on_channel: bool,
 ) -> None:
-    """Writes keep ? x + bias : 0 to out, a dense map that may be x."""
+    """Writes keep ? x + bias : 0 to out, which may be x."""
     if not _flat(x):
         x = x.contiguous()
+    target = out if _flat(out) else torch.empty_like(out, memory_format=torch.contiguous_format)
     n, c, h, w = x.shape
-    channels_in_lanes = out.stride(1) == 1 and c > 1
+    channels_in_lanes = target.stride(1) == 1 and c > 1
     channels = 64 if channels_in_lanes and c >= 64 else 16
     positions = _TILE // channels
     with on_device(x):
         apply_kernel[(triton.cdiv(h * w, positions), n)](
             x,
-            out,
+            target,
             bias,
             None if keep is None else keep.contiguous().view(torch.uint8),
             seed,
@@ -107,13 +108,15 @@ def mgd_apply_mask_(
             c,
             h * w,
             *_strides(x),
-            *_strides(out),
+            *_strides(target),
             DRAWN=keep is None,
             ON_CHANNEL=on_channel,
             BIASED=bias is not None,
             POSITIONS=positions,
             CHANNELS=channels,
         )
+    if target is not out:
+        out.copy_(target)
 
 
 def _flat(x: Tensor) -> bool:
