@@ -28,9 +28,9 @@ def key_of(paths: list[Path], *more: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def library(name: str, sources: list[Path], headers: list[Path], flags: list[str]) -> Path:
+def library(name: str, sources: list[Path], headers: list[Path], flags: list[str], link: list[str]) -> Path:
     """A shared library of these sources."""
-    target = cache_folder() / f"{name}-{key_of([*sources, *headers], *flags)}.so"
+    target = cache_folder() / f"{name}-{key_of([*sources, *headers], *FLAGS, *flags, *link)}.so"
     if target.exists():
         return target
     with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
@@ -42,7 +42,7 @@ def library(name: str, sources: list[Path], headers: list[Path], flags: list[str
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(compile_one, zip(sources, objects)))
         part = Path(folder) / "library.so"
-        _run(["g++", "-shared", *map(str, objects), "-o", str(part)])
+        _run(["g++", "-shared", *map(str, objects), *link, "-o", str(part)])
         os.replace(part, target)  # two processes may build at once
     return target
 
@@ -50,7 +50,7 @@ def library(name: str, sources: list[Path], headers: list[Path], flags: list[str
 def interpreter() -> Path:
     """The interpreter's library (half a minute the first time)."""
     folder = HERE / "machine"
-    return library("ptx", sorted(folder.glob("*.cpp")), sorted(folder.glob("*.h")), [])
+    return library("ptx", sorted(folder.glob("*.cpp")), sorted(folder.glob("*.h")), [], [])
 
 
 def _run(command: list[str]) -> None:
