@@ -29,11 +29,16 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     interpreted = mode.architecture is not None
-    kept = [i for i in items if ("ptx" in i.keywords or "kernels" in i.keywords if interpreted else "ptx" not in i.keywords)]
+    kept = [item for item in items if _runs(item, interpreted)]
     kept = _spread(kept, config.getoption("ptx_cases")) if interpreted else kept
     chosen = set(map(id, kept))
     config.hook.pytest_deselected(items=[i for i in items if id(i) not in chosen])
     items[:] = kept
+
+
+def _runs(item: pytest.Item, interpreted: bool) -> bool:
+    needs_ptx = item.get_closest_marker("ptx") is not None
+    return needs_ptx or item.get_closest_marker("kernels") is not None if interpreted else not needs_ptx
 
 
 def _spread(items: list[Any], most: int) -> list[Any]:

@@ -5,14 +5,6 @@
 
 namespace ptx {
 
-double Machine::noisy(double y, int ulps) {
-  if (!launch.perturb || y == 0 || !std::isfinite(y)) return y;
-  const int off = static_cast<int>(random() % (2 * ulps + 1)) - ulps;
-  float f = static_cast<float>(y);
-  for (int i = 0; i < std::abs(off); ++i) f = std::nextafterf(f, off > 0 ? INFINITY : -INFINITY);
-  return f;
-}
-
 namespace {
 
 // The float nearest to y + error, an error within +-bound; never further from y than the bound.
@@ -22,9 +14,18 @@ float off_by(Machine& m, double y, double bound) {
   const float f = static_cast<float>(y + share * bound);
   return std::fabs(f - y) <= bound ? f : std::nextafterf(f, static_cast<float>(y));
 }
+double last_place(double y) {
+  const float f = std::fabs(static_cast<float>(y));
+  return static_cast<double>(std::nextafterf(f, INFINITY)) - f;
+}
 bool power_of_two(double x) {
   int exponent;
   return std::fabs(std::frexp(x, &exponent)) == 0.5;
+}
+// x, or the number next to the exact result that is not too many units of the last place away.
+float within(float x, double exact, int units) {
+  const double bound = units * last_place(exact);
+  return std::isfinite(x) && std::fabs(x - exact) > bound ? std::nextafterf(x, static_cast<float>(exact)) : x;
 }
 bool half_wide(const Instruction& n) { return n.type != Type::F32 && n.type != Type::F64; }
 
@@ -40,12 +41,16 @@ void divide(Machine& m, Warp& w, const Instruction& n, u32 lanes) {
     const float a = flushed(x, ftz), b = flushed(y, ftz);
     float inverse = 1.0f / b;
     if (full && !std::isnormal(inverse)) return flushed(a / b, ftz);  // .full scales its operands there
-    if (!power_of_two(b)) inverse = static_cast<float>(m.noisy(inverse, 1));
-    return flushed(a * flush(inverse), ftz);  // 0 for |b| above 2^126
+    if (!power_of_two(b)) inverse = off_by(m, 1.0 / b, last_place(inverse));
+    const float quotient = a * flush(inverse);  // 0 for |b| above 2^126
+    return flushed(m.launch.perturb && inverse ? within(quotient, double(a) / b, 2) : quotient, ftz);
   });
 }
 void reciprocal(Machine& m, Warp& w, const Instruction& n, u32 lanes) {
-  on_floats(m, w, n, lanes, [&](float x) { return power_of_two(x) ? 1.0 / x : m.noisy(1.0f / x, 1); });
+  on_floats(m, w, n, lanes, [&](float x) { 
+    const double y = 1.0 / x;
+    return power_of_two(x) ? static_cast<float>(y) : off_by(m, y, last_place(y));
+  });
 }
 void root(Machine& m, Warp& w, const Instruction& n, u32 lanes) {
   on_floats(m, w, n, lanes, [&](float x) {
@@ -62,7 +67,7 @@ void inverse_root(Machine& m, Warp& w, const Instruction& n, u32 lanes) {
 void power(Machine& m, Warp& w, const Instruction& n, u32 lanes) {
   on_floats(m, w, n, lanes, [&](float x) {
     const double y = std::exp2(double(x));
-    return x == 0 ? 1.0 : m.noisy(y, 2);
+    return x == 0 ? 1.0f : off_by(m, y, 2 * last_place(y));
   });
 }
 void logarithm(Machine& m, Warp& w, const Instruction& n, u32 lanes) {

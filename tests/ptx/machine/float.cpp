@@ -1,14 +1,19 @@
 // Floating-point arithmetic that is rounded exactly: one rounding, in every mode, of every format and of pairs.
+#include <cfenv>
+
 #include "lanes.h"
 
 namespace ptx {
 namespace {
 
-// The result of an operation from the nearest double and its rest, or from a double rounded to odd.
-template <class T>
-u64 narrowed(double odd, Round round) {
-  const double y = static_cast<double>(rounded(odd, Number<T>::format, round));
-  return Number<T>::put(static_cast<typename Number<T>::C>(y));
+// Evaluates f as the processor does in a rounding mode; f must not be moved or folded, so its operands are volatile.
+template <class F>
+double in_mode(Round round, F&& f) {
+  const int modes[] = {FE_TONEAREST, FE_TONEAREST, FE_TOWARDZERO, FE_DOWNWARD, FE_UPWARD};
+  std::fesetround(modes[static_cast<int>(round)]);
+  const double r = f();
+  std::fesetround(FE_TONEAREST);
+  return r;
 }
 // What a sum of opposite numbers gives: -0 where rounding goes down.
 template <class C>
@@ -20,10 +25,6 @@ struct Add {
   static double exact(double a, double b) { return odd_sum(a, b); }
   template <class C>
   static C nearest(C a, C b) { return a + b; }
-  static double rest(double a, double b, double s) {
-    const double from_b = s - a;
-    return (a - (s - from_b)) + (b - from_b);
-  }
   template <class C>
   static C zero(C s, C a, C b, Round round) { return exact_zero(s, a, b, round); }
 };
@@ -31,7 +32,6 @@ struct Subtract {
   static double exact(double a, double b) { return odd_sum(a, -b); }
   template <class C>
   static C nearest(C a, C b) { return a - b; }
-  static double rest(double a, double b, double s) { return Add::rest(a, -b, s); }
   template <class C>
   static C zero(C s, C a, C b, Round round) { return exact_zero(s, a, -b, round); }
 };
@@ -39,7 +39,6 @@ struct Multiply {
   static double exact(double a, double b) { return a * b; }  // of formats up to 24 bits
   template <class C>
   static C nearest(C a, C b) { return a * b; }
-  static double rest(double a, double b, double p) { return std::fma(a, b, -p); }
   template <class C>
   static C zero(C p, C, C, Round) { return p; }
 };
@@ -47,10 +46,6 @@ struct Divide {
   static double exact(double a, double b) { return odd_quotient(a, b); }
   template <class C>
   static C nearest(C a, C b) { return a / b; }
-  static double rest(double a, double b, double q) {
-    const double r = std::fma(-q, b, a);
-    return std::signbit(b) ? -r : r;
-  }
   template <class C>
   static C zero(C q, C, C, Round) { return q; }
 };
@@ -61,8 +56,11 @@ u64 combined(u64 x, u64 y, bool ftz, bool sat, Round round) {
   const C a = flushed(Number<T>::get(x), ftz), b = flushed(Number<T>::get(y), ftz);
   C r;
   if constexpr (std::is_same_v<T, double>) {
-    r = Operation::nearest(a, b);
-    if (round != Round::Nearest && std::isfinite(r)) r = directed(r, Operation::rest(a, b, r), round);
+    const volatile double x = a, y = b;
+    r = in_mode(round, [&] {
+      const volatile double result = Operation::nearest(double(x), double(y));
+      return double(result);
+    });
   } else if (std::is_same_v<T, float> && round == Round::Nearest) {
     r = Operation::nearest(a, b);
   } else {
@@ -76,11 +74,18 @@ u64 fused(u64 x, u64 y, u64 z, bool ftz, bool sat, bool relu, Round round) {
   using C = typename Number<T>::C;
   const C a = flushed(Number<T>::get(x), ftz), b = flushed(Number<T>::get(y), ftz), c = flushed(Number<T>::get(z), ftz);
   C r;
-  if (round == Round::Nearest && (std::is_same_v<T, float> || std::is_same_v<T, double>)) {
+  if constexpr (std::is_same_v<T, double>) {
+    const volatile double p = a, q = b, s = c;
+    r = in_mode(round, [&] {
+      const volatile double result = std::fma(double(p), double(q), double(s));
+      return double(result);
+    });
+  } else if (std::is_same_v<T, float> && round == Round::Nearest) {
     r = std::fma(a, b, c);
   } else {  // the product is exact in double precision
-    r = static_cast<C>(rounded(odd_sum(double(a) * double(b), c), Number<T>::format, round));
-    r = exact_zero(r, C(a * b), c, round);
+    const double product = double(a) * double(b), sum = odd_sum(product, c);
+    r = static_cast<C>(rounded(sum, Number<T>::format, round));
+    if (sum == 0) r = static_cast<C>(exact_zero<double>(sum, product, c, round));
   }
   if (relu && !(r > 0) && r == r) r = 0;
   r = flushed(r, ftz);
@@ -201,8 +206,11 @@ void run_root(Machine& m, Warp& w, const Instruction& n, u32 lanes) {
   unary<T>(m, w, n, lanes, [&](T x) {
     const T a = flushed(x, ftz);
     if constexpr (std::is_same_v<T, double>) {
-      const double r = std::sqrt(a);
-      return round == Round::Nearest || !(r > 0) || std::isinf(r) ? r : directed(r, std::fma(-r, r, a), round);
+      const volatile double radicand = a;
+      return in_mode(round, [&] {
+        const volatile double result = std::sqrt(double(radicand));
+        return double(result);
+      });
     } else {
       return flushed(static_cast<T>(rounded(odd_root(a), kSingle, round)), ftz);
     }
@@ -227,7 +235,6 @@ Handler two_operands(Type t) {
 }
 Handler fused_handler(const Instruction& n) {
   expect_plain(n, kFtz | kSat | kRelu, 3);
-  if (n.type == Type::F64 && n.round != Round::Nearest) throw Unsupported("rounding of a double fma");
   switch (n.type) {
     case Type::F16x2: return run_fused_pairs<Half>;
     case Type::BF16x2: return run_fused_pairs<Brain>;

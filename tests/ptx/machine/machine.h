@@ -216,7 +216,6 @@ struct Machine {
   void cluster_arrive(Warp& w, const Instruction& n, u32 lanes);
   bool cluster_wait(Warp& w, const Instruction& n, u32 lanes);
   void complete_cluster_if_all_arrived(Block& block);
-  double noisy(double y, int ulps);
 
   Module& module;
   Entry& entry;

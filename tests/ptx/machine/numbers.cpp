@@ -80,12 +80,4 @@ double odd_root(double a) {
   return r == 0 || !std::isfinite(r) ? r : to_odd(r, std::fma(-r, r, a));
 }
 
-double directed(double r, double rest, Round round) {
-  const bool down = round == Round::Down || (round == Round::Zero && r > 0);
-  const bool up = round == Round::Up || (round == Round::Zero && r < 0);
-  if (down && rest < 0) return std::nextafter(r, -INFINITY);
-  if (up && rest > 0) return std::nextafter(r, INFINITY);
-  return r;
-}
-
 }  // namespace ptx

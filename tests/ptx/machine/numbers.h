@@ -35,13 +35,10 @@ inline u16 brain_of(float x) {
   return x != x ? kNan16 : u16((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
 
-// a + b and a * b + c in double precision, rounded to odd: a second rounding to fewer bits is then correct in any mode.
+// In double precision, rounded to odd: a second rounding to fewer bits is then correct in any mode.
 double odd_sum(double a, double b);
 double odd_quotient(double a, double b);
 double odd_root(double a);
-
-// r is the nearest double to an exact result, and `rest` has the sign of (exact - r).
-double directed(double r, double rest, Round round);
 
 struct Half {};
 struct Brain {};
