@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -33,18 +34,28 @@ def library(name: str, sources: list[Path], headers: list[Path], flags: list[str
     target = cache_folder() / f"{name}-{key_of([*sources, *headers], *FLAGS, *flags, *link)}.so"
     if target.exists():
         return target
-    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
-        objects = [Path(folder) / f"{source.stem}.o" for source in sources]
 
-        def compile_one(pair: tuple[Path, Path]) -> None:
-            _run(["g++", *FLAGS, *flags, "-c", str(pair[0]), "-o", str(pair[1])])
+    def compiled(source: Path) -> Path:
+        # Kept by themselves, so that a change of one file is compiled quickly.
+        out = cache_folder() / f"{source.stem}-{key_of([source, *headers], *FLAGS, *flags)}.o"
+        if not out.exists():
+            _made(out, ["g++", *FLAGS, *flags, "-c", str(source)])
+        return out
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            list(pool.map(compile_one, zip(sources, objects)))
-        part = Path(folder) / "library.so"
-        _run(["g++", "-shared", *map(str, objects), *link, "-o", str(part)])
-        os.replace(part, target)  # two processes may build at once
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, sources))
+    _made(target, ["g++", "-shared", *map(str, objects)], link)
     return target
+
+
+def _made(target: Path, command: list[str], tail: Sequence[str] = ()) -> None:
+    """Runs a compiler; two processes may do so at once."""
+    with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
+        part = Path(folder) / target.name
+        done = subprocess.run([*command, "-o", str(part), *tail], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        os.replace(part, target)
 
 
 def interpreter() -> Path:
@@ -52,8 +63,3 @@ def interpreter() -> Path:
     folder = HERE / "machine"
     return library("ptx", sorted(folder.glob("*.cpp")), sorted(folder.glob("*.h")), [], [])
 
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")

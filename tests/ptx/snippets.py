@@ -47,6 +47,14 @@ def execute(
     return module.launch("k", (blocks,), (threads,), parameters, ranges, **where)
 
 
+def aligned(count: int, dtype: Any, boundary: int = 128) -> np.ndarray:
+    """Zeros that start at a boundary, as GPU allocations do."""
+    size = np.dtype(dtype).itemsize
+    whole = np.zeros(count * size + boundary, np.uint8)
+    start = -whole.ctypes.data % boundary
+    return whole[start : start + count * size].view(dtype)
+
+
 #: Bits of a register by the size of what it holds.
 _REGISTER = {1: "h", 2: "h", 4: "r", 8: "d"}
 

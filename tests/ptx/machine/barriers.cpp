@@ -65,7 +65,7 @@ void Machine::complete_if_all_arrived(Block& block, int id) {
       each(lanes, [&, to = n->to[0]](int l) { target(*warp, to)[l] = r; });
     }
     warp->knows.join(b.gathering);
-    advance(*warp);
+    order_lanes(*warp);
     warp->waiting &= ~lanes;
     each(lanes, [&, w = warp](int l) { ++w->pc[l]; });
   }
@@ -93,7 +93,7 @@ bool Machine::cluster_wait(Warp& w, const Instruction& n, u32 lanes) {
     return false;
   }
   w.knows.join(c.done);
-  advance(w);
+  order_lanes(w);
   w.cluster_arrived = false;
   return true;
 }

@@ -75,8 +75,8 @@ void prefetch(Machine& m, Warp& w, const Instruction& n, u32 lanes) {
   each(lanes, [&](int l) {
     const Machine::Place p{Space::Global, operand_address(m, w, n, 0, l), w.block};
     const int size = static_cast<int>(m.source(w, n.from[0])[l]);
-    if (p.address % 16 || size % 16) m.report("misaligned asynchronous copy", n.pc, m.where(w, l));
-    m.within(w, l, n, p, size, "read");
+    if (size % 16) m.report("size of a bulk copy is not a multiple of 16", n.pc, m.where(w, l));
+    m.within(w, l, n, p, size, "read", 16);
   });
 }
 

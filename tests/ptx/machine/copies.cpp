@@ -25,10 +25,10 @@ bool Machine::issue(Copy& c) {
   const Place to = end_of(c.to_block, c.to), from = end_of(c.from_block, c.from);
   const int unit = c.async_proxy ? 16 : static_cast<int>(c.size);
   if (c.async_proxy && c.size % 16) report("size of a bulk copy is not a multiple of 16", n.pc, where(w, c.lane));
-  if (!c.immediate && (c.to % unit || c.from % unit)) report("misaligned asynchronous copy", n.pc, where(w, c.lane));
-  if (!within(w, c.lane, n, to, static_cast<int>(c.size), "write")) return false;
+  if (c.to % unit || c.from % unit) report("misaligned asynchronous copy", n.pc, where(w, c.lane));
+  if (!within(w, c.lane, n, to, static_cast<int>(c.size), "write", 1)) return false;
   if (c.source_bytes && !c.immediate) {
-    if (!within(w, c.lane, n, from, static_cast<int>(c.source_bytes), "read")) return false;
+    if (!within(w, c.lane, n, from, static_cast<int>(c.source_bytes), "read", 1)) return false;
     Access a{&w, c.lane, n.pc, false, c.async_proxy, false, space_name(c.from_block), c.from};
     if (Shadow* shadow = shadow_of(from))
       shadow->each(shadow_offset(*this, from), c.source_bytes, [&](Cell& cell, size_t, int) {

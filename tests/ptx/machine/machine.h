@@ -76,6 +76,7 @@ struct Warp {
   u32 waiting = 0;  // lanes at a barrier of the block or cluster
   int barrier[kLanes] = {};  // which, kClusterBarrier for the cluster's
   Knowledge knows, fenced, acquired;
+  u32 lane_order = 0;  // what a lane did before this clock, the others know of
   bool has_fence = false;
   bool cluster_arrived = false;
   u32 cluster_phase = 0;
@@ -161,7 +162,8 @@ struct Machine {
   };
   bool locate(Warp& w, int lane, const Instruction& n, Space space, u64 address, Place& place);
   bool locate_shared(Warp& w, int lane, const Instruction& n, u32 address, Place& place);
-  bool within(Warp& w, int lane, const Instruction& n, const Place& place, int size, const char* verb);
+  bool within(Warp& w, int lane, const Instruction& n, const Place& place, int size, const char* verb,
+              int unit = 0);
   void load(Warp& w, int lane, const Instruction& n, u64 address, void* to, int size);
   void store(Warp& w, int lane, const Instruction& n, u64 address, const void* from, int size);
   u8* bytes_at(Warp& w, int lane, const Place& place);
@@ -188,6 +190,11 @@ struct Machine {
   Knowledge nothing_known() const {
     const VectorClock none(domain->first_slot, domain->warps.size());
     return {none, none, none, entry.async_proxy};
+  }
+  // The lanes of a warp have met, or one has waited for another.
+  void order_lanes(Warp& w) {
+    advance(w);
+    w.lane_order = w.knows.seen.get(w.slot);
   }
   void advance(Warp& w) { w.knows.seen.set(w.slot, w.knows.seen.get(w.slot) + 1); }
   void release(Warp& w, u64 address, bool now);

@@ -30,8 +30,8 @@ MBarrier* Machine::mbarrier(Warp& w, int lane, const Instruction& n, u64 address
   }
   MBarrier& b = found->second;
   const bool own = b.initialised.slot == w.slot;
-  const u32 seen = w.knows.seen.get(b.initialised.slot);
-  if (own ? lane != b.lane && seen <= b.initialised.clock : seen < b.initialised.clock)
+  const bool by_other_lane = own && lane != b.lane && w.lane_order <= b.initialised.clock;
+  if (by_other_lane || w.knows.seen.get(b.initialised.slot) < b.initialised.clock)
     report("race: mbarrier used before its initialisation is known", n.pc, where(w, lane), int(b.initialised.pc));
   if (n.name == "cp" && n.says("bulk") && w.knows.to_async_shared.get(b.initialised.slot) < b.initialised.clock)
     report("mbarrier not fenced for asynchronous copies", n.pc, where(w, lane), int(b.initialised.pc));
@@ -147,7 +147,8 @@ void wait(Machine& m, Warp& w, const Instruction& n, u32 lanes) {
     all &= ended;
     if (ended && !n.has(kRelaxed)) w.knows.join(b->done);
   });
-  if (!all) w.polls = true;
+  if (all) m.order_lanes(w);
+  else w.polls = true;
 }
 void pending_count(Machine& m, Warp& w, const Instruction& n, u32 lanes) {
   const u64* state = m.source(w, n.from[0]);

@@ -88,13 +88,13 @@ bool Machine::locate(Warp& w, int lane, const Instruction& n, Space space, u64 a
   return true;
 }
 
-// Bounds and alignment; false where nothing may be touched.
-bool Machine::within(Warp& w, int lane, const Instruction& n, const Place& p, int size, const char* verb) {
+// Bounds, and alignment at the size or as told; false where nothing may be touched.
+bool Machine::within(Warp& w, int lane, const Instruction& n, const Place& p, int size, const char* verb, int unit) {
   static const std::map<Space, std::string> names = {
       {Space::Global, "global "}, {Space::Shared, "shared "}, {Space::Local, "local "}, {Space::Param, "parameter "}};
   const std::string kind = names.at(p.space) + verb;
-  if (size & (size - 1) ? false : p.address % size != 0)
-    report("misaligned " + kind, n.pc, where(w, lane) + bytes(size) + " at offset " + std::to_string(p.address % size));
+  const u64 off = p.address % (unit ? unit : size);
+  if (off) report("misaligned " + kind, n.pc, where(w, lane) + bytes(size) + ", off by " + std::to_string(off));
   const auto out = [&](const std::string& what) {
     report("out of bounds " + kind, n.pc, where(w, lane) + bytes(size) + what);
     return false;

@@ -23,7 +23,7 @@ void Machine::race(const char* kind, const Access& a, const Event& other, int ot
 
 bool Machine::ordered(const Event& e, int lane, bool by_async, const Access& a) const {
   const Warp& w = *a.warp;
-  if (e.slot == w.slot && !(a.async && !by_async)) return e.clock < w.knows.seen.get(e.slot) || lane == a.lane;
+  if (e.slot == w.slot && !(a.async && !by_async)) return e.clock < w.lane_order || lane == a.lane;
   if (!a.async || by_async) return w.knows.seen.get(e.slot) >= e.clock;
   const auto& fenced = a.space[0] == 's' ? w.knows.to_async_shared : w.knows.to_async_global;
   return fenced.get(e.slot) >= e.clock;
@@ -65,7 +65,7 @@ void Machine::check_readers(Cell& c, const Access& a) {
   for (size_t i = 0; i < clocks.size(); ++i) {
     if (!clocks[i]) continue;
     const Event e{domain->first_slot + static_cast<u32>(i), clocks[i] - 1, c.read.pc};
-    const bool before = e.slot == a.warp->slot ? e.clock < seen.get(e.slot) : seen.get(e.slot) >= e.clock;
+    const bool before = e.slot == a.warp->slot ? e.clock < a.warp->lane_order : seen.get(e.slot) >= e.clock;
     if (!before) return race("race: write after read", a, e, -1);
   }
 }

@@ -179,9 +179,11 @@ void Machine::run_group(Warp& w, u32 lanes, i64& budget) {
   const int leader = std::countr_zero(lanes);
   for (bool first = true;; first = false) {
     const u32 pc = w.pc[leader];
-    u32 beside = 0;
-    each(w.free() & ~lanes, [&](int l) { beside |= u32(launch.seed ? w.pc[l] == pc : w.pc[l] <= pc) << l; });
-    if (beside && !first) return;
+    bool others = false;  // to be met here, or further behind
+    each(w.alive & ~w.waiting & ~lanes, [&](int l) {
+      others |= w.pc[l] == pc || (!launch.seed && !(w.blocked >> l & 1) && w.pc[l] < pc);
+    });
+    if (others && !first) return;
     if (budget-- <= 0) return;
     if (++steps > launch.most_steps) {
       report("endless loop: the limit of instructions is reached", static_cast<int>(pc), where(w, leader));

@@ -102,7 +102,7 @@ void elect(Machine& m, Warp& w, const Instruction& n, u32 lanes) {
     if (n.to.size() > 1) m.target(w, n.to[1])[l] = l == leader;
   });
 }
-void synchronise(Machine& m, Warp& w, const Instruction&, u32) { m.advance(w); }  // bar.warp.sync
+void synchronise(Machine& m, Warp& w, const Instruction&, u32) { m.order_lanes(w); }  // bar.warp.sync
 
 Handler shuffle_handler(const Instruction& n) {
   if (n.from.size() != 4) throw Unsupported("shfl without .sync");
