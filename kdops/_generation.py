@@ -44,13 +44,17 @@ for _name in ("mgd_relu_bits", "mgd_relu_backward_", "mgd_difference_"):
 
 
 def generate(student: Tensor, parameters: Parameters, mask: Mask) -> Tensor:
-    """The generated map of checked inputs."""
+    """The generated map of checked inputs, in the dtype that the eager chain would give it."""
+    return generate_unrounded(student, parameters, mask).to(_autocast_dtype(student) or student.dtype)
+
+
+def generate_unrounded(student: Tensor, parameters: Parameters, mask: Mask) -> Tensor:
+    """The same in the dtype that the convolutions ran in."""
     if torch.compiler.is_compiling():
         return compose(student, parameters, mask.positions())
     _op.refuse_forward_mode("masked_generation", (student, *parameters))
     dtype = compute_dtype(student)
-    generated = _Generate.apply(mask, student.to(dtype), *mask.tensors, *parameters.to(dtype))
-    return generated.to(_autocast_dtype(student) or student.dtype)
+    return _Generate.apply(mask, student.to(dtype), *mask.tensors, *parameters.to(dtype))
 
 
 def generation_loss(student: Tensor, teacher: Tensor, parameters: Parameters, mask: Mask, alpha: float) -> Tensor:

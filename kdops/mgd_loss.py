@@ -130,7 +130,7 @@ class MGDLoss(MaskedGeneration):
             return mgd_loss_ref(generated, preds_T, self.alpha_mgd)
         # Inductor fuses what surrounds the convolutions itself; a teacher in fp64 alone asks for sums in fp64.
         if torch.compiler.is_compiling() or (preds_T.dtype == torch.float64 != preds_S.dtype):
-            return _fused([_generation.generate(preds_S, p, source)], [preds_T], self.alpha_mgd, 0)
+            return _fused([_generation.generate_unrounded(preds_S, p, source)], [preds_T], self.alpha_mgd, 0)
         half = _generation.compute_dtype(preds_S).itemsize == 2
         kernels = _generation if _op.on_gpu(preds_S) or half else _generation_by_images
         return kernels.generation_loss(preds_S, preds_T, p, source, self.alpha_mgd)

@@ -98,14 +98,15 @@ class Cwd {
   // Chan's formula over rows of equal length; leaves the channel's mean in its rows.
   Scale merged(const Level& level, int64_t row, int64_t stride, int mean_field, int lo_field, int m2_field) const {
     const auto row_mean = [&](int64_t r) { return static_cast<double>(*field(mean_field, r)) + *field(lo_field, r); };
-    double mean = 0, m2 = 0;
-    for (int64_t n = 0; n < level.batch; ++n) mean += row_mean(row + n * stride);
-    mean /= level.batch;
+    // About the first row's, so that a constant channel has its own value as its mean, exactly.
+    const double first = row_mean(row);
+    double away_from_first = 0, m2 = 0;
+    for (int64_t n = 1; n < level.batch; ++n) away_from_first += row_mean(row + n * stride) - first;
+    const double mean = first + away_from_first / level.batch;
     for (int64_t n = 0; n < level.batch; ++n) {
       const double away = row_mean(row + n * stride) - mean;
       m2 += *field(m2_field, row + n * stride) + away * away * level.positions;
     }
-    if (!o_.norm) mean = 0;
     for (int64_t n = 0; n < level.batch; ++n) {
       const A nearest = static_cast<A>(mean);
       *field(mean_field, row + n * stride) = nearest;
@@ -154,7 +155,7 @@ class Cwd {
         level.strip(level.student, n, block), level.strip(level.teacher, n, block),
         level.strip(level.grad_in_place, n, block), level.rows(block),
         {field(kKS, row), field(kMaxS, row), field(kKT, row), field(kMaxT, row), field(kA, row), field(kB, row),
-         field(kSlope, row), field(kMeanS, row), field(kMeanSLo, row)});
+         o_.norm ? field(kSlope, row) : nullptr, field(kMeanS, row), field(kMeanSLo, row)});
   }
 
   const Problem& p_;

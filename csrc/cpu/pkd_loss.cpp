@@ -94,11 +94,13 @@ class Pkd {
     const double batch = level.batch, count = batch * level.positions;
     const auto row_mean_s = [&](int64_t r) { return static_cast<double>(*field(kRowMeanS, r)) + *field(kRowMeanSLo, r); };
     const auto row_mean_t = [&](int64_t r) { return static_cast<double>(*field(kRowMeanT, r)) + *field(kRowMeanTLo, r); };
-    double mean_s = 0, mean_t = 0, ss = 0, tt = 0, st = 0, dd = 0;
+    // About the first row's, so that a constant channel has its own value as its mean, exactly.
+    const double first_s = row_mean_s(row), first_t = row_mean_t(row);
+    double mean_s = first_s, mean_t = first_t, ss = 0, tt = 0, st = 0, dd = 0;
     const auto each = [&](auto&& visit) {
       for (int64_t n = 0; n < level.batch; ++n) visit(row + n * level.channels);
     };
-    each([&](int64_t r) { mean_s += row_mean_s(r) / batch, mean_t += row_mean_t(r) / batch; });
+    each([&](int64_t r) { mean_s += (row_mean_s(r) - first_s) / batch, mean_t += (row_mean_t(r) - first_t) / batch; });
     each([&](int64_t r) {
       const double away_s = row_mean_s(r) - mean_s, away_t = row_mean_t(r) - mean_t, away = away_s - away_t;
       ss += *field(kRowSS, r) + away_s * away_s * level.positions;

@@ -232,15 +232,20 @@ void gradient(const Strip& s, const Strip& t, const Strip& ds, int rows, Gradien
   const Vec<A> k_s = per_row<A, kMode>(in.k_s, rows) * static_cast<A>(kLog2E), m_s = per_row<A, kMode>(in.m_s, rows);
   const Vec<A> k_t = per_row<A, kMode>(in.k_t, rows) * static_cast<A>(kLog2E), m_t = per_row<A, kMode>(in.m_t, rows);
   const Vec<A> a = per_row<A, kMode>(in.a, rows), b = per_row<A, kMode>(in.b, rows);
+  const auto distance = [&](Vec<A> x, Vec<A> y) {
+    const Vec<A> e_s = exp2_nonpositive(k_s * (x - m_s)), e_t = exp2_nonpositive(k_t * (y - m_t));
+    return rounded(a * e_s) - rounded(b * e_t);
+  };
+  if (in.slope == nullptr) {
+    sweep<A, S, T, kMode>(
+        s, t, rows, Into<A, S>{ds}, [&](Vec<A> x, Vec<A> y, auto) { return distance(x, y); }, [] {});
+    return;
+  }
   const Vec<A> slope = per_row<A, kMode>(in.slope, rows), mean = per_row<A, kMode>(in.mean, rows);
   const Vec<A> rest = slope * per_row<A, kMode>(in.mean_lo, rows);
   sweep<A, S, T, kMode>(
       s, t, rows, Into<A, S>{ds},
-      [&](Vec<A> x, Vec<A> y, auto) {
-        const Vec<A> e_s = exp2_nonpositive(k_s * (x - m_s)), e_t = exp2_nonpositive(k_t * (y - m_t));
-        return a * e_s - b * e_t - (slope * (x - mean) - rest);
-      },
-      [] {});
+      [&](Vec<A> x, Vec<A> y, auto) { return distance(x, y) - (slope * (x - mean) - rest); }, [] {});
 }
 
 template <class A, class S, class T, int kMode>
@@ -288,10 +293,11 @@ void affine(const Strip& s, const Strip& t, const Strip& ds, int rows, AffineIn<
   const Vec<A> alpha = per_row<A, kMode>(in.alpha, rows), mean_s = per_row<A, kMode>(in.mean_s, rows);
   const Vec<A> beta = per_row<A, kMode>(in.beta, rows), mean_t = per_row<A, kMode>(in.mean_t, rows);
   const Vec<A> rest =
-      alpha * per_row<A, kMode>(in.mean_s_lo, rows) - beta * per_row<A, kMode>(in.mean_t_lo, rows);
+      rounded(alpha * per_row<A, kMode>(in.mean_s_lo, rows)) - rounded(beta * per_row<A, kMode>(in.mean_t_lo, rows));
   sweep<A, S, T, kMode>(
       s, t, rows, Into<A, S>{ds},
-      [&](Vec<A> x, Vec<A> y, auto) { return alpha * (x - mean_s) - (beta * (y - mean_t) + rest); }, [] {});
+      [&](Vec<A> x, Vec<A> y, auto) { return rounded(alpha * (x - mean_s)) - rounded(beta * (y - mean_t)) - rest; },
+      [] {});
 }
 
 template <class A, class S, class T, int kMode>

@@ -48,7 +48,7 @@ struct SoftmaxOut {
   double *z_s, *z_t, *z_gap, *es_s, *et_s, *et_log;
 };
 template <class A>
-struct GradientIn {  // dS = a e_s - b e_t - slope (s - mean)
+struct GradientIn {  // dS = a e_s - b e_t - slope (s - mean), without the last term where slope is null
   const A *k_s, *m_s, *k_t, *m_t, *a, *b, *slope, *mean, *mean_lo;
 };
 template <class A>

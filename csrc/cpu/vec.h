@@ -150,6 +150,20 @@ inline Vec<float> max<float>(Vec<float> a, Vec<float> b) {
 }
 #endif
 
+// A product that the compiler may not fuse into a sum: a e - b e is 0 where the products are equal, fma(a, e, -(b e)) is
+// the rounding of one of them.
+template <class V>
+inline V rounded(V v) {
+#if KDOPS_LANES == 16
+  asm("" : "+v"(v));
+#elif KDOPS_LANES == 8
+  asm("" : "+x"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif  // the baseline of x86 has no fused products
+  return v;
+}
+
 template <class A>
 inline double sum_of_lanes(WideVec<A> v) {
   double total = 0;

@@ -14,6 +14,7 @@ from kdops._triton.cwd_forward import (
     MAX_S,
     MAX_T,
     MEAN_S,
+    MEAN_S_LO,
     Q_S,
     R_S,
     R_T,
@@ -31,6 +32,7 @@ from kdops._triton.tiles import (
     W_FIELD,
     as_double,
     bounds,
+    difference,
     exp_scale,
     exp_scaled,
     level_sizes,
@@ -89,6 +91,7 @@ def _gradient(level, stats, go, go_stride, total_rows, chunk, weight, tau,
         mean = tl.load(stat + total_rows * MEAN_S, mask=exists, other=0.0)
         slope = r * r * scale * _channel_dot(stats, go, go_stride, total_rows, row0, c, exists, N, C, ACC, ROWS)
         slope *= tl.load(stat + total_rows * Q_S, mask=exists, other=0.0)
+        rest = slope * tl.load(stat + total_rows * MEAN_S_LO, mask=exists, other=0.0)
     s_max = tl.load(stat + total_rows * MAX_S, mask=exists, other=0.0)
     t_max = tl.load(stat + total_rows * MAX_T, mask=exists, other=0.0)
     s_factor = factor / tl.load(stat + total_rows * Z_S, mask=exists, other=1.0)
@@ -104,11 +107,11 @@ def _gradient(level, stats, go, go_stride, total_rows, chunk, weight, tau,
         t1 = load_tile(t_rows, p0, p1, mask1, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, 0.0)
         s2 = load_tile(s_rows, p0 + POSITIONS, p2, mask2, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC, 0.0)
         t2 = load_tile(t_rows, p0 + POSITIONS, p2, mask2, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, 0.0)
-        g1 = s_factor * exp_scaled((s1 - s_max) * s_k) - t_factor * exp_scaled((t1 - t_max) * t_k)
-        g2 = s_factor * exp_scaled((s2 - s_max) * s_k) - t_factor * exp_scaled((t2 - t_max) * t_k)
+        g1 = difference(s_factor, exp_scaled((s1 - s_max) * s_k), t_factor, exp_scaled((t1 - t_max) * t_k))
+        g2 = difference(s_factor, exp_scaled((s2 - s_max) * s_k), t_factor, exp_scaled((t2 - t_max) * t_k))
         if NORMALISED:
-            g1 -= (s1 - mean) * slope
-            g2 -= (s2 - mean) * slope
+            g1 -= (s1 - mean) * slope - rest
+            g2 -= (s2 - mean) * slope - rest
         store_tile(g_rows, p0, p1, mask1, W, g_h, g_w, ORDER, G_MODE, POSITIONS, g1, S_TYPE)
         store_tile(g_rows, p0 + POSITIONS, p2, mask2, W, g_h, g_w, ORDER, G_MODE, POSITIONS, g2, S_TYPE)
 

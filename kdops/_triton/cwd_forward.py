@@ -19,7 +19,7 @@ ln(Z_S / Z_T), whose terms stay small whatever the mean of the maps. Parts are c
 import triton
 import triton.language as tl
 
-from kdops._triton.statistics import PRODUCT, merge_means, merge_parts, merge_sums, scale_of, welford
+from kdops._triton.statistics import mean_of_lanes, merge_channels, scale_of, sum_about_mean, sum_lanes, two_sum
 from kdops._triton.tiles import (
     ALIGNED,
     C_FIELD,
@@ -43,11 +43,14 @@ from kdops._triton.tiles import (
     tile_rows,
 )
 
-# Fields of `stats`, [R] each; the first four are equal in all rows of a channel.
+# Fields of `stats`, [R] each; the first four and the last are equal in all rows of a channel.
 MEAN_S, R_S, R_T, Q_S = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 MAX_S, MAX_T, Z_S, Z_T, DOT = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
+MEAN_S_LO = tl.constexpr(9)
+# Fields of `parts`, [total_parts] each, that cwd_moments leaves to cwd_merge: mean hi, mean lo and M2 of each map from
+# here on, then the maxima.
+_PART_S, _PART_T, _PART_MAX_S, _PART_MAX_T = tl.constexpr(0), tl.constexpr(3), tl.constexpr(6), tl.constexpr(7)
 _INF = tl.constexpr(float("inf"))
-_NAN = tl.constexpr(float("nan"))
 _FLOOR = tl.constexpr(-3.0e38)
 
 
@@ -66,38 +69,53 @@ def _moments(level, parts, total_parts, chunk,
     t_h, t_w = position_strides(level, TEACHER, ORDER, T_MODE, VEC)
     s_first = tl.load(s_rows, mask=exists, other=0.0).to(ACC)
     t_first = tl.load(t_rows, mask=exists, other=0.0).to(ACC)
-    s_mean = tl.zeros([ROWS, POSITIONS], ACC) + s_first
-    t_mean = tl.zeros([ROWS, POSITIONS], ACC) + t_first
+    begin, end = bounds(start, stop, WIDE)
+    # Tiles whose loads are in flight together. Where strides do not collapse, every element costs an address.
+    UNROLL: tl.constexpr = 2 if VEC > 1 and S_MODE >= 2 and T_MODE >= 2 else 1
+    # Each lane sums about its own first element.
+    p, inside = positions(begin, end, ORDER, VEC, POSITIONS)
+    mask = exists & inside
+    s_centre = load_tile(s_rows, begin, p, mask, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC, 0.0)
+    t_centre = load_tile(t_rows, begin, p, mask, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, 0.0)
+    s_max = tl.where(mask, s_centre, -_INF)
+    t_max = tl.where(mask, t_centre, -_INF)
+    s_sum = tl.zeros([ROWS, POSITIONS], ACC)
+    t_sum = tl.zeros([ROWS, POSITIONS], ACC)
     s_m2 = tl.zeros([ROWS, POSITIONS], ACC)
     t_m2 = tl.zeros([ROWS, POSITIONS], ACC)
-    s_max = tl.full([ROWS, POSITIONS], -_INF, ACC)
-    t_max = tl.full([ROWS, POSITIONS], -_INF, ACC)
-    count = tl.zeros([1, 1], ACC)
-    begin, end = bounds(start, stop, WIDE)
-    UNROLL: tl.constexpr = 2 if VEC > 1 else 1  # tiles whose loads are in flight together
-    for p0 in range(begin, end, POSITIONS * UNROLL):
+    for p0 in range(begin + POSITIONS, end, POSITIONS * UNROLL):
         for u in tl.static_range(UNROLL):
             first = p0 + u * POSITIONS
             p, inside = positions(first, end, ORDER, VEC, POSITIONS)
             mask = exists & inside
             s = load_tile(s_rows, first, p, mask, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC, 0.0)
             t = load_tile(t_rows, first, p, mask, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, 0.0)
-            count += 1.0
-            s_mean, s_m2 = welford(s, mask, s_mean, s_m2, 1.0 / count)
-            t_mean, t_m2 = welford(t, mask, t_mean, t_m2, 1.0 / count)
+            s_step = tl.where(mask, s - s_centre, 0.0)
+            t_step = tl.where(mask, t - t_centre, 0.0)
+            s_sum += s_step
+            t_sum += t_step
+            s_m2 += s_step * s_step
+            t_m2 += t_step * t_step
             s_max = tl.maximum(s_max, tl.where(mask, s, -_INF))
             t_max = tl.maximum(t_max, tl.where(mask, t, -_INF))
     counts = lane_counts(start, stop, POSITIONS).to(ACC)
     total = (stop - start).to(ACC)
-    s_centre = merge_means(s_mean, s_first, counts, total)
-    t_centre = merge_means(t_mean, t_first, counts, total)
+    s_shift, t_shift = s_centre - s_first, t_centre - t_first
+    s_mean, s_rest = mean_of_lanes(s_shift, s_sum, counts, total)
+    t_mean, t_rest = mean_of_lanes(t_shift, t_sum, counts, total)
+    s_away, t_away = s_shift - s_mean, t_shift - t_mean
+    s_hi, s_lo = two_sum(s_first, s_mean)
+    t_hi, t_lo = two_sum(t_first, t_mean)
     out = parts + tl.load(level + PART0) + tl.expand_dims((split * N + n).to(tl.int64) * C + c, 1)
-    tl.store(out, s_centre, mask=exists)
-    tl.store(out + total_parts, merge_sums(s_m2, counts, s_mean - s_centre, s_mean - s_centre), mask=exists)
-    tl.store(out + total_parts * 2, t_centre, mask=exists)
-    tl.store(out + total_parts * 3, merge_sums(t_m2, counts, t_mean - t_centre, t_mean - t_centre), mask=exists)
-    tl.store(out + total_parts * 4, tl.expand_dims(tl.max(s_max, 1), 1), mask=exists)
-    tl.store(out + total_parts * 5, tl.expand_dims(tl.max(t_max, 1), 1), mask=exists)
+    s_out, t_out = out + total_parts * _PART_S, out + total_parts * _PART_T
+    tl.store(s_out, s_hi, mask=exists)
+    tl.store(s_out + total_parts, s_lo + s_rest, mask=exists)
+    tl.store(s_out + total_parts * 2, sum_about_mean(s_m2, s_sum, s_sum, counts, s_away, s_away), mask=exists)
+    tl.store(t_out, t_hi, mask=exists)
+    tl.store(t_out + total_parts, t_lo + t_rest, mask=exists)
+    tl.store(t_out + total_parts * 2, sum_about_mean(t_m2, t_sum, t_sum, counts, t_away, t_away), mask=exists)
+    tl.store(out + total_parts * _PART_MAX_S, tl.expand_dims(tl.max(s_max, 1), 1), mask=exists)
+    tl.store(out + total_parts * _PART_MAX_T, tl.expand_dims(tl.max(t_max, 1), 1), mask=exists)
 
 
 @triton.jit(do_not_specialize=["total_parts", "chunk"])
@@ -123,9 +141,8 @@ def cwd_merge(table, parts, stats, total_parts: tl.int64, total_rows: tl.int64, 
     exists = c < C
     parts += tl.load(level + PART0)
     chunk = chunk.to(tl.int64)
-    s, t = parts, parts + total_parts * 2
-    s_mean, s_m2 = merge_parts(s, s, s + total_parts, c, exists, N, C, P, chunk, PRODUCT, ACC, CHANNELS, ENTRIES)
-    t_mean, t_m2 = merge_parts(t, t, t + total_parts, c, exists, N, C, P, chunk, PRODUCT, ACC, CHANNELS, ENTRIES)
+    s_mean, s_lo, _, _, s_m2, t_m2, _, _ = merge_channels(parts, total_parts, _PART_S, _PART_T, c, exists, N, C, P, chunk,
+                                                          ACC, False, CHANNELS, ENTRIES)  # fmt: skip
     count = (P * N).to(ACC)
     s_r, s_q = scale_of(s_m2, count, as_double(eps).to(ACC), NORM)
     t_r, t_q = scale_of(t_m2, count, as_double(eps).to(ACC), NORM)
@@ -139,10 +156,11 @@ def cwd_merge(table, parts, stats, total_parts: tl.int64, total_rows: tl.int64, 
         t_max = tl.full([CHANNELS, ENTRIES], -_INF, ACC)
         for split in range(0, splits):
             part = parts + split * (N.to(tl.int64) * C) + row
-            s_max = tl.maximum(s_max, tl.load(part + 4 * total_parts, mask=mask, other=0.0))
-            t_max = tl.maximum(t_max, tl.load(part + 5 * total_parts, mask=mask, other=0.0))
+            s_max = tl.maximum(s_max, tl.load(part + total_parts * _PART_MAX_S, mask=mask, other=0.0))
+            t_max = tl.maximum(t_max, tl.load(part + total_parts * _PART_MAX_T, mask=mask, other=0.0))
         out = stats + tl.load(level + ROW0) + row
         tl.store(out + total_rows * MEAN_S, s_mean + zero, mask=mask)
+        tl.store(out + total_rows * MEAN_S_LO, s_lo + zero, mask=mask)
         tl.store(out + total_rows * R_S, s_r + zero, mask=mask)
         tl.store(out + total_rows * R_T, t_r + zero, mask=mask)
         tl.store(out + total_rows * Q_S, s_q + zero, mask=mask)
@@ -162,12 +180,25 @@ def row_weight(level, weight, tau, ACC: tl.constexpr, MEAN: tl.constexpr, POWER:
 
 
 @triton.jit
-def _close_rows(stat, losses, total_rows, mask, z_s, z_t, divergence, dot, weight):
+def _log_ratio(z_s, z_t, gap):
+    """ln(z_s / z_t) where gap is z_s - z_t, known better than its parts: the device's logarithm is only absolutely
+    exact next to 1."""
+    x = gap / (z_s + z_t)
+    y = x * x
+    near = 2.0 * x * (1.0 + y * (1.0 / 3 + y * (1.0 / 5 + y * (1.0 / 7 + y * (1.0 / 9)))))
+    if x.dtype == tl.float64:
+        return tl.log(z_s / z_t)
+    else:
+        return tl.where(tl.abs(x) < 0.125, near, tl.log(z_s / z_t))
+
+
+@triton.jit
+def _close_rows(stat, losses, total_rows, mask, z_s, z_t, gap, divergence, dot, weight):
     """Stores what the second pass adds to the statistics, and the weighted loss of the rows."""
     tl.store(stat + total_rows * Z_S, z_s, mask=mask)
     tl.store(stat + total_rows * Z_T, z_t, mask=mask)
     tl.store(stat + total_rows * DOT, dot, mask=mask)
-    tl.store(losses, weight * (divergence + tl.log(z_s / z_t)), mask=mask)
+    tl.store(losses, weight * (divergence + _log_ratio(z_s, z_t, gap)), mask=mask)
 
 
 @triton.jit
@@ -190,13 +221,16 @@ def _sums(level, unit, stats, losses, parts, total_rows, total_parts, chunk, wei
     t_k = tl.load(stat + total_rows * R_T, mask=exists, other=0.0) * inverse_tau
     s_max = tl.load(stat + total_rows * MAX_S, mask=exists, other=0.0)
     t_max = tl.load(stat + total_rows * MAX_T, mask=exists, other=0.0)
+    s_k, t_k = exp_scale(s_k), exp_scale(t_k)
     z_s = tl.zeros([ROWS, POSITIONS], ACC)
     z_t = tl.zeros([ROWS, POSITIONS], ACC)
+    gap = tl.zeros([ROWS, POSITIONS], ACC)  # z_s - z_t, which rounds away what is left of it when the maps are near
     ss = tl.zeros([ROWS, POSITIONS], ACC)
     st = tl.zeros([ROWS, POSITIONS], ACC)
     divergence = tl.zeros([ROWS, POSITIONS], ACC)
     begin, end = bounds(start, stop, WIDE)
-    UNROLL: tl.constexpr = 2 if VEC > 1 else 1  # tiles whose loads are in flight together
+    # Tiles whose loads are in flight together. Where strides do not collapse, every element costs an address.
+    UNROLL: tl.constexpr = 2 if VEC > 1 and S_MODE >= 2 and T_MODE >= 2 else 1
     for p0 in range(begin, end, POSITIONS * UNROLL):
         for u in tl.static_range(UNROLL):
             first = p0 + u * POSITIONS
@@ -204,18 +238,17 @@ def _sums(level, unit, stats, losses, parts, total_rows, total_parts, chunk, wei
             mask = exists & inside
             s = load_tile(s_rows, first, p, mask, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC, 0.0) - s_max
             t = load_tile(t_rows, first, p, mask, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, 0.0) - t_max
-            s_exp = tl.where(mask, exp_scaled(s * exp_scale(s_k)), 0.0)
-            t_exp = tl.where(mask, exp_scaled(t * exp_scale(t_k)), 0.0)
+            s_log, t_log = s * s_k, t * t_k
+            s_exp = tl.where(mask, exp_scaled(s_log), 0.0)
+            t_exp = tl.where(mask, exp_scaled(t_log), 0.0)
             z_s += s_exp
             z_t += t_exp
+            gap += s_exp - t_exp
             ss += s_exp * s
             st += t_exp * s
-            divergence += t_exp * (t * t_k - s * s_k)
-    z_s = tl.expand_dims(tl.sum(z_s, 1), 1)
-    z_t = tl.expand_dims(tl.sum(z_t, 1), 1)
-    ss = tl.expand_dims(tl.sum(ss, 1), 1)
-    st = tl.expand_dims(tl.sum(st, 1), 1)
-    divergence = tl.expand_dims(tl.sum(divergence, 1), 1)
+            divergence += t_exp * (t_log - s_log)
+    z_s, z_t, gap = sum_lanes(z_s), sum_lanes(z_t), sum_lanes(gap)
+    ss, st, divergence = sum_lanes(ss), sum_lanes(st), sum_lanes(divergence) / exp_scale(tl.full((), 1.0, ACC))
     if SPLIT:
         out = parts + tl.load(level + PART0) + tl.expand_dims((split * N + n).to(tl.int64) * C + c, 1)
         tl.store(out, z_s, mask=exists)
@@ -223,8 +256,9 @@ def _sums(level, unit, stats, losses, parts, total_rows, total_parts, chunk, wei
         tl.store(out + total_parts * 2, ss, mask=exists)
         tl.store(out + total_parts * 3, st, mask=exists)
         tl.store(out + total_parts * 4, divergence, mask=exists)
+        tl.store(out + total_parts * 5, gap, mask=exists)
     else:
-        _close_rows(stat, losses + row, total_rows, exists, z_s, z_t, divergence / z_t, ss / z_s - st / z_t,
+        _close_rows(stat, losses + row, total_rows, exists, z_s, z_t, gap, divergence / z_t, ss / z_s - st / z_t,
                     row_weight(level, weight, tau, ACC, MEAN, 2))  # fmt: skip
 
 
@@ -248,6 +282,7 @@ def _store_plain(stat, total_rows, mask, s_max, t_max):
     """The statistics that mean "no normalisation", and the maxima."""
     one = s_max * 0 + 1
     tl.store(stat + total_rows * MEAN_S, tl.zeros_like(one), mask=mask)
+    tl.store(stat + total_rows * MEAN_S_LO, tl.zeros_like(one), mask=mask)
     tl.store(stat + total_rows * R_S, tl.full(one.shape, 1.0, one.dtype), mask=mask)
     tl.store(stat + total_rows * R_T, tl.full(one.shape, 1.0, one.dtype), mask=mask)
     tl.store(stat + total_rows * Q_S, tl.zeros_like(one), mask=mask)
@@ -285,21 +320,21 @@ def _online(level, stats, losses, parts, total_rows, total_parts, chunk, weight,
         t = load_tile(t_rows, p0, p, mask, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, -_INF)
         # One exponential either rescales the sum to a new maximum or adds the element to it.
         s_exp = exp_scaled(-tl.abs(s - s_max) * exp_scale(k))
-        t_exp = exp_scaled(-tl.abs(t - t_max) * exp_scale(k))
-        d = tl.where(mask, (t - t_ref) - (s - s_ref), 0.0)
         z_s = tl.where(s > s_max, z_s * s_exp + 1.0, z_s + s_exp)
+        s_max = tl.maximum(s_max, s)
+        d = tl.where(mask, (t - t_ref) - (s - s_ref), 0.0)
+        t_exp = exp_scaled(-tl.abs(t - t_max) * exp_scale(k))
         z_t = tl.where(t > t_max, z_t * t_exp + 1.0, z_t + t_exp)
         difference = tl.where(t > t_max, difference * t_exp + d, difference + t_exp * d)
-        s_max = tl.maximum(s_max, s)
         t_max = tl.maximum(t_max, t)
     s_top = tl.expand_dims(tl.max(s_max, 1), 1)
     t_top = tl.expand_dims(tl.max(t_max, 1), 1)
     s_lane = tl.where(s_max == s_top, 1.0, exp_scaled((s_max - s_top) * exp_scale(k)))
     t_lane = tl.where(t_max == t_top, 1.0, exp_scaled((t_max - t_top) * exp_scale(k)))
     # A row with an infinite element has no softmax; its running sum would look finite.
-    z_s = tl.where(tl.abs(s_top) == _INF, _NAN, tl.expand_dims(tl.sum(z_s * s_lane, 1), 1))
-    z_t = tl.where(tl.abs(t_top) == _INF, _NAN, tl.expand_dims(tl.sum(z_t * t_lane, 1), 1))
-    difference = tl.expand_dims(tl.sum(difference * t_lane, 1), 1)
+    z_s = tl.where(tl.abs(s_top) == _INF, float("nan"), sum_lanes(tl.fma(z_s, s_lane, 0.0)))
+    z_t = tl.where(tl.abs(t_top) == _INF, float("nan"), sum_lanes(tl.fma(z_t, t_lane, 0.0)))
+    difference = sum_lanes(tl.fma(difference, t_lane, 0.0))
     if SPLIT:
         out = parts + tl.load(level + PART0) + tl.expand_dims((split * N + n).to(tl.int64) * C + c, 1)
         tl.store(out, z_s, mask=exists)
@@ -312,7 +347,7 @@ def _online(level, stats, losses, parts, total_rows, total_parts, chunk, weight,
         row = tl.load(level + ROW0) + tl.expand_dims(n.to(tl.int64) * C + c, 1)
         _store_plain(stats + row, total_rows, exists, s_top, t_top)
         divergence = k * (difference / z_t - ((t_top - t_ref) - (s_top - s_ref)))
-        _close_rows(stats + row, losses + row, total_rows, exists, z_s, z_t, divergence, tl.zeros_like(z_s),
+        _close_rows(stats + row, losses + row, total_rows, exists, z_s, z_t, z_s - z_t, divergence, tl.zeros_like(z_s),
                     row_weight(level, weight, tau, ACC, MEAN, 2))  # fmt: skip
 
 
@@ -350,6 +385,7 @@ def cwd_finish(table, stats, losses, parts, total_rows: tl.int64, total_parts: t
     if NORMALISED:
         ss = tl.zeros([ROWS], ACC)
         st = tl.zeros([ROWS], ACC)
+        gap = tl.zeros([ROWS], ACC)
         for split in range(0, splits):
             part = parts + split * step
             z_s += tl.load(part, mask=exists, other=1.0)
@@ -357,7 +393,8 @@ def cwd_finish(table, stats, losses, parts, total_rows: tl.int64, total_parts: t
             ss += tl.load(part + total_parts * 2, mask=exists, other=0.0)
             st += tl.load(part + total_parts * 3, mask=exists, other=0.0)
             divergence += tl.load(part + total_parts * 4, mask=exists, other=0.0)
-        _close_rows(stats + row, losses + row, total_rows, exists, z_s, z_t, divergence / z_t, ss / z_s - st / z_t,
+            gap += tl.load(part + total_parts * 5, mask=exists, other=0.0)
+        _close_rows(stats + row, losses + row, total_rows, exists, z_s, z_t, gap, divergence / z_t, ss / z_s - st / z_t,
                     scale)  # fmt: skip
     else:
         k = (1.0 / as_double(tau)).to(ACC)
@@ -376,5 +413,5 @@ def cwd_finish(table, stats, losses, parts, total_rows: tl.int64, total_parts: t
             divergence += t_part * tl.load(part + total_parts * 4, mask=exists, other=0.0)
         offset = (t_max - s_max) - tl.load(parts + total_parts * 5, mask=exists, other=0.0)
         _store_plain(stats + row, total_rows, exists, s_max, t_max)
-        _close_rows(stats + row, losses + row, total_rows, exists, z_s, z_t, k * (divergence / z_t - offset),
+        _close_rows(stats + row, losses + row, total_rows, exists, z_s, z_t, z_s - z_t, k * (divergence / z_t - offset),
                     tl.zeros_like(z_s), scale)  # fmt: skip

@@ -16,8 +16,8 @@ from kdops._triton.cwd_backward import cwd_gradient
 from kdops._triton.cwd_forward import cwd_finish, cwd_merge, cwd_moments, cwd_online, cwd_sums
 from kdops._triton.plan import DTYPES, MERGE, Group, double_bits, groups, on_device
 
-STATS_FIELDS = 9
-_PART_FIELDS = 6  # of cwd_moments and cwd_online; cwd_sums needs one less
+STATS_FIELDS = 10
+_PART_FIELDS = 8  # of cwd_moments; cwd_online and cwd_sums need two less
 _MEAN, _NONE = 0, 2
 _FINISH_ROWS = 256
 

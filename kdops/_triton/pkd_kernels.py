@@ -17,7 +17,7 @@ Each channel takes the form that suits it. Parts are combined in a fixed order.
 import triton
 import triton.language as tl
 
-from kdops._triton.statistics import DISTANCE, PRODUCT, merge_means, merge_parts, merge_sums, scale_of
+from kdops._triton.statistics import mean_of_lanes, merge_channels, scale_of, sum_about_mean, two_sum
 from kdops._triton.tiles import (
     ALIGNED,
     CHANNEL0,
@@ -29,6 +29,7 @@ from kdops._triton.tiles import (
     W_FIELD,
     as_double,
     bounds,
+    difference,
     lane_counts,
     level_sizes,
     load_tile,
@@ -41,7 +42,9 @@ from kdops._triton.tiles import (
 
 # Fields of `stats`, [K] each.
 MEAN_S, R_S, MEAN_T, R_T = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-Q_S, DOT = tl.constexpr(4), tl.constexpr(5)
+Q_S, DOT, MEAN_S_LO, MEAN_T_LO = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
+# Fields of `parts`, [total_parts] each: mean hi, mean lo and SS or TT from here on, then ST and DD.
+_PART_S, _PART_T, _PART_ST, _PART_DD = tl.constexpr(0), tl.constexpr(3), tl.constexpr(6), tl.constexpr(7)
 
 
 @triton.jit
@@ -59,47 +62,56 @@ def _moments(level, parts, total_parts, chunk,
     t_h, t_w = position_strides(level, TEACHER, ORDER, T_MODE, VEC)
     s_first = tl.load(s_rows, mask=exists, other=0.0).to(ACC)
     t_first = tl.load(t_rows, mask=exists, other=0.0).to(ACC)
-    s_mean = tl.zeros([ROWS, POSITIONS], ACC) + s_first
-    t_mean = tl.zeros([ROWS, POSITIONS], ACC) + t_first
+    begin, end = bounds(start, stop, WIDE)
+    # Tiles whose loads are in flight together. Where strides do not collapse, every element costs an address.
+    UNROLL: tl.constexpr = 2 if VEC > 1 and S_MODE >= 2 and T_MODE >= 2 else 1
+    # Each lane sums about its own first elements.
+    p, inside = positions(begin, end, ORDER, VEC, POSITIONS)
+    mask = exists & inside
+    s_centre = load_tile(s_rows, begin, p, mask, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC, 0.0)
+    t_centre = load_tile(t_rows, begin, p, mask, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, 0.0)
+    s_sum = tl.zeros([ROWS, POSITIONS], ACC)
+    t_sum = tl.zeros([ROWS, POSITIONS], ACC)
     ss = tl.zeros([ROWS, POSITIONS], ACC)
     tt = tl.zeros([ROWS, POSITIONS], ACC)
     st = tl.zeros([ROWS, POSITIONS], ACC)
     dd = tl.zeros([ROWS, POSITIONS], ACC)
-    count = tl.zeros([1, 1], ACC)
-    begin, end = bounds(start, stop, WIDE)
-    UNROLL: tl.constexpr = 2 if VEC > 1 else 1  # tiles whose loads are in flight together
-    for p0 in range(begin, end, POSITIONS * UNROLL):
+    for p0 in range(begin + POSITIONS, end, POSITIONS * UNROLL):
         for u in tl.static_range(UNROLL):
             first = p0 + u * POSITIONS
             p, inside = positions(first, end, ORDER, VEC, POSITIONS)
             mask = exists & inside
             s = load_tile(s_rows, first, p, mask, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC, 0.0)
             t = load_tile(t_rows, first, p, mask, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, 0.0)
-            count += 1.0
-            s_step = tl.where(mask, s - s_mean, 0.0)
-            t_step = tl.where(mask, t - t_mean, 0.0)
-            s_mean += s_step / count
-            t_mean += t_step / count
-            s_left = s - s_mean
-            t_left = t - t_mean
-            ss += s_step * s_left
-            tt += t_step * t_left
-            st += s_step * t_left
-            dd += (s_step - t_step) * (s_left - t_left)
+            s_step = tl.where(mask, s - s_centre, 0.0)
+            t_step = tl.where(mask, t - t_centre, 0.0)
+            d_step = s_step - t_step
+            s_sum += s_step
+            t_sum += t_step
+            ss += s_step * s_step
+            tt += t_step * t_step
+            st += s_step * t_step
+            dd += d_step * d_step
     counts = lane_counts(start, stop, POSITIONS).to(ACC)
     total = (stop - start).to(ACC)
-    s_centre = merge_means(s_mean, s_first, counts, total)
-    t_centre = merge_means(t_mean, t_first, counts, total)
-    s_shift = s_mean - s_centre
-    t_shift = t_mean - t_centre
-    d_shift = s_shift - t_shift
+    s_shift, t_shift = s_centre - s_first, t_centre - t_first
+    s_mean, s_rest = mean_of_lanes(s_shift, s_sum, counts, total)
+    t_mean, t_rest = mean_of_lanes(t_shift, t_sum, counts, total)
+    s_away, t_away = s_shift - s_mean, t_shift - t_mean
+    d_away, d_sum = s_away - t_away, s_sum - t_sum
+    s_hi, s_lo = two_sum(s_first, s_mean)
+    t_hi, t_lo = two_sum(t_first, t_mean)
     out = parts + tl.load(level + PART0) + tl.expand_dims((split * N + n).to(tl.int64) * C + c, 1)
-    tl.store(out, s_centre, mask=exists)
-    tl.store(out + total_parts, t_centre, mask=exists)
-    tl.store(out + total_parts * 2, merge_sums(ss, counts, s_shift, s_shift), mask=exists)
-    tl.store(out + total_parts * 3, merge_sums(tt, counts, t_shift, t_shift), mask=exists)
-    tl.store(out + total_parts * 4, merge_sums(st, counts, s_shift, t_shift), mask=exists)
-    tl.store(out + total_parts * 5, merge_sums(dd, counts, d_shift, d_shift), mask=exists)
+    s_out, t_out = out + total_parts * _PART_S, out + total_parts * _PART_T
+    tl.store(s_out, s_hi, mask=exists)
+    tl.store(s_out + total_parts, s_lo + s_rest, mask=exists)
+    tl.store(s_out + total_parts * 2, sum_about_mean(ss, s_sum, s_sum, counts, s_away, s_away), mask=exists)
+    tl.store(t_out, t_hi, mask=exists)
+    tl.store(t_out + total_parts, t_lo + t_rest, mask=exists)
+    tl.store(t_out + total_parts * 2, sum_about_mean(tt, t_sum, t_sum, counts, t_away, t_away), mask=exists)
+    st = sum_about_mean(st, s_sum, t_sum, counts, s_away, t_away)
+    tl.store(out + total_parts * _PART_ST, st, mask=exists)
+    tl.store(out + total_parts * _PART_DD, sum_about_mean(dd, d_sum, d_sum, counts, d_away, d_away), mask=exists)
 
 
 @triton.jit(do_not_specialize=["total_parts", "chunk"])
@@ -127,11 +139,8 @@ def pkd_merge(table, parts, stats, losses, total_parts: tl.int64, total_channels
     exists = c < C
     parts += tl.load(level + PART0)
     chunk = chunk.to(tl.int64)
-    s, t, sums = parts, parts + total_parts, parts + total_parts * 2
-    s_mean, ss = merge_parts(s, s, sums, c, exists, N, C, P, chunk, PRODUCT, ACC, CHANNELS, ENTRIES)
-    t_mean, tt = merge_parts(t, t, sums + total_parts, c, exists, N, C, P, chunk, PRODUCT, ACC, CHANNELS, ENTRIES)
-    _, st = merge_parts(s, t, sums + total_parts * 2, c, exists, N, C, P, chunk, PRODUCT, ACC, CHANNELS, ENTRIES)
-    _, dd = merge_parts(s, t, sums + total_parts * 3, c, exists, N, C, P, chunk, DISTANCE, ACC, CHANNELS, ENTRIES)
+    s_mean, s_lo, t_mean, t_lo, ss, tt, st, dd = merge_channels(parts, total_parts, _PART_S, _PART_T, c, exists, N, C, P,
+                                                                chunk, ACC, True, CHANNELS, ENTRIES)  # fmt: skip
     count = (P * N).to(ACC)
     s_r, s_q = scale_of(ss, count, as_double(eps).to(ACC), NORM)
     t_r, t_q = scale_of(tt, count, as_double(eps).to(ACC), NORM)
@@ -155,6 +164,8 @@ def pkd_merge(table, parts, stats, losses, total_parts: tl.int64, total_channels
     tl.store(stats + total_channels * R_T, t_r, mask=mask)
     tl.store(stats + total_channels * Q_S, s_q, mask=mask)
     tl.store(stats + total_channels * DOT, dot, mask=mask)
+    tl.store(stats + total_channels * MEAN_S_LO, s_lo, mask=mask)
+    tl.store(stats + total_channels * MEAN_T_LO, t_lo, mask=mask)
 
 
 @triton.jit
@@ -186,6 +197,8 @@ def _gradient(level, stats, go, go_stride, total_channels, chunk, weight,
     slope *= tl.load(stats + total_channels * DOT, mask=exists, other=0.0)
     s_factor = factor * (s_r - slope)
     t_factor = factor * tl.load(stats + total_channels * R_T, mask=exists, other=0.0)
+    s_lo = tl.load(stats + total_channels * MEAN_S_LO, mask=exists, other=0.0)
+    rest = difference(s_factor, s_lo, t_factor, tl.load(stats + total_channels * MEAN_T_LO, mask=exists, other=0.0))
     begin, end = bounds(start, stop, WIDE)
     for p0 in range(begin, end, POSITIONS * 2):
         p1, inside1 = positions(p0, end, ORDER, VEC, POSITIONS)
@@ -196,8 +209,8 @@ def _gradient(level, stats, go, go_stride, total_channels, chunk, weight,
         t1 = load_tile(t_rows, p0, p1, mask1, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, 0.0)
         s2 = load_tile(s_rows, p0 + POSITIONS, p2, mask2, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC, 0.0)
         t2 = load_tile(t_rows, p0 + POSITIONS, p2, mask2, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, 0.0)
-        g1 = (s1 - s_mean) * s_factor - (t1 - t_mean) * t_factor
-        g2 = (s2 - s_mean) * s_factor - (t2 - t_mean) * t_factor
+        g1 = difference(s_factor, s1 - s_mean, t_factor, t1 - t_mean) - rest
+        g2 = difference(s_factor, s2 - s_mean, t_factor, t2 - t_mean) - rest
         store_tile(g_rows, p0, p1, mask1, W, g_h, g_w, ORDER, G_MODE, POSITIONS, g1, S_TYPE)
         store_tile(g_rows, p0 + POSITIONS, p2, mask2, W, g_h, g_w, ORDER, G_MODE, POSITIONS, g2, S_TYPE)
 

@@ -14,8 +14,8 @@ from torch import Tensor
 from kdops._triton.pkd_kernels import pkd_gradient, pkd_merge, pkd_moments
 from kdops._triton.plan import DTYPES, MERGE, double_bits, groups, on_device
 
-STATS_FIELDS = 6
-_PART_FIELDS = 6
+STATS_FIELDS = 8
+_PART_FIELDS = 8
 _MEAN, _NONE = 0, 2
 
 

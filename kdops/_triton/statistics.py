@@ -1,80 +1,95 @@
-"""Device code for means and centred sums: Welford per lane, Chan's formula between lanes, splits and images.
+"""Device code for means and centred sums: shifted sums per lane, Chan's formula between lanes, splits and images.
 
-E[x^2] - E[x]^2 would lose all digits of the variance of a map whose mean is large; these do not. Every mean starts from
-an element of its own row or channel, so that a constant channel has a variance of exactly 0.
+E[x^2] - E[x]^2 would lose all digits of the variance of a map whose mean is large; these do not. Sums are about an
+element of the same lane or row, so that a constant channel has a variance of exactly 0, and a mean is kept as the sum
+of two numbers, hi + lo: with hi alone, x - mean of a map whose mean is 1000 deviations would be off by 3e-5 deviations.
+
+Sums over lanes take their products from `tl.fma`: the compiler fuses a bare product into the first addition of a
+reduction, after which the lanes that hold a result differ in its last bit.
 """
 
 import triton
 import triton.language as tl
 
-# What merge_parts sums over a channel, of a and b about their means: a * b, or (a - b)^2.
-PRODUCT, DISTANCE = tl.constexpr(0), tl.constexpr(1)
+
+@triton.jit
+def two_sum(a, b):
+    """a + b as hi + lo, exactly."""
+    hi = a + b
+    from_b = hi - a
+    return hi, (a - (hi - from_b)) + (b - from_b)
 
 
 @triton.jit
-def welford(x, mask, mean, m2, share):
-    """One more element per lane; share is 1 over the count including it."""
-    step = tl.where(mask, x - mean, 0.0)
-    mean += step * share
-    m2 += step * (x - mean)
-    return mean, m2
+def sum_lanes(x):
+    """[ROWS, 1] sum of [ROWS, lanes]."""
+    return tl.expand_dims(tl.sum(x, 1), 1)
 
 
 @triton.jit
-def merge_means(mean, first, count, total):
-    """[ROWS, 1] mean of [ROWS, lanes]. The second sum takes out the rounding of the first."""
-    centre = first + tl.expand_dims(tl.sum(count * (mean - first), 1), 1) / total
-    return centre + tl.expand_dims(tl.sum(count * (mean - centre), 1), 1) / total
+def mean_of_lanes(shift, total, count, whole):
+    """[ROWS, 1] mean and what its rounding left, of lanes with `count` elements that sum to `total` about `shift`."""
+    mean = sum_lanes(tl.fma(count, shift, total)) / whole
+    return mean, sum_lanes(tl.fma(count, shift - mean, total)) / whole
 
 
 @triton.jit
-def merge_sums(m2, count, shift, other_shift):
-    """[ROWS, 1] centred sum of [ROWS, lanes] whose means are shifted from the common mean."""
-    return tl.expand_dims(tl.sum(m2 + count * shift * other_shift, 1), 1)
+def sum_about_mean(product, a_total, b_total, count, a_away, b_away):
+    """[ROWS, 1] sum of (a - mean)(b - mean), from lanes that hold sums about points `away` from the means."""
+    moved = tl.fma(a_away, tl.fma(count, b_away, b_total), product)
+    return sum_lanes(tl.fma(b_away, a_total, moved))
 
 
 @triton.jit
-def _shift_product(a, b, KIND: tl.constexpr):
-    if KIND == DISTANCE:
-        return (a - b) * (a - b)
-    else:
-        return a * b
+def merge_channels(parts, total_parts, S: tl.constexpr, T: tl.constexpr, c, exists, N, C, P, chunk, ACC: tl.constexpr,
+                   CROSS: tl.constexpr, CHANNELS: tl.constexpr, ENTRIES: tl.constexpr):  # fmt: skip
+    """[CHANNELS, 1] means (hi, lo) of student and teacher and centred sums SS, TT, ST, DD over whole channels.
 
-
-@triton.jit
-def merge_parts(a, b, sums, c, exists, N, C, P, chunk, KIND: tl.constexpr, ACC: tl.constexpr, CHANNELS: tl.constexpr,
-                ENTRIES: tl.constexpr):  # fmt: skip
-    """[CHANNELS, 1] mean of a and centred sum over whole channels, from the parts of all images and splits.
-
-    Part `split*N*C + n*C + c` is entry `split*N + n` of channel c.
+    parts has [total_parts] fields: from S on the student's mean hi, lo and SS, from T on the teacher's; with CROSS, ST
+    and DD follow the teacher's. Part `split*N*C + n*C + c` is entry `split*N + n` of channel c. DD is of (s - t)^2.
     """
     entries = (tl.cdiv(P, chunk) * N).to(tl.int32)
     c = tl.expand_dims(c, 1)
     exists = tl.expand_dims(exists, 1)
-    a_first = tl.load(a + c, mask=exists, other=0.0)
-    b_first = tl.load(b + c, mask=exists, other=0.0)
-    a_mean = tl.zeros([CHANNELS, ENTRIES], ACC) + a_first
-    b_mean = tl.zeros([CHANNELS, ENTRIES], ACC) + b_first
-    m2 = tl.zeros([CHANNELS, ENTRIES], ACC)
+    s_parts, t_parts = parts + total_parts * S, parts + total_parts * T
+    s_first = tl.load(s_parts + c, mask=exists, other=0.0)
+    t_first = tl.load(t_parts + c, mask=exists, other=0.0)
+    zero = tl.zeros([CHANNELS, ENTRIES], ACC)
+    s_mean, t_mean, ss, tt, st, dd = zero, zero, zero, zero, zero, zero  # means are relative to the first entry's hi
     count = tl.zeros([1, ENTRIES], ACC)
     for e0 in range(0, entries, ENTRIES):
         e = tl.expand_dims(e0 + tl.arange(0, ENTRIES), 0)
         mask = exists & (e < entries)
         part = e.to(tl.int64) * C + c
+        s, t = s_parts + part, t_parts + part
         length = tl.where(e < entries, tl.minimum(chunk, P - (e // N) * chunk), 0).to(ACC)
-        weight = length / tl.maximum(count + length, 1.0)
-        a_step = tl.where(mask, tl.load(a + part, mask=mask, other=0.0) - a_mean, 0.0)
-        b_step = tl.where(mask, tl.load(b + part, mask=mask, other=0.0) - b_mean, 0.0)
-        product = _shift_product(a_step, b_step, KIND)
-        m2 += tl.load(sums + part, mask=mask, other=0.0) + product * (count * weight)
-        a_mean += a_step * weight
-        b_mean += b_step * weight
+        share = length / tl.maximum(count + length, 1.0)
+        s_rest = tl.load(s + total_parts, mask=mask, other=0.0)
+        t_rest = tl.load(t + total_parts, mask=mask, other=0.0)
+        s_step = tl.where(mask, (tl.load(s, mask=mask, other=0.0) - s_first) + s_rest - s_mean, 0.0)
+        t_step = tl.where(mask, (tl.load(t, mask=mask, other=0.0) - t_first) + t_rest - t_mean, 0.0)
+        weight = count * share
+        ss += tl.load(s + total_parts * 2, mask=mask, other=0.0) + s_step * s_step * weight
+        tt += tl.load(t + total_parts * 2, mask=mask, other=0.0) + t_step * t_step * weight
+        if CROSS:
+            d_step = s_step - t_step
+            st += tl.load(t + total_parts * 3, mask=mask, other=0.0) + s_step * t_step * weight
+            dd += tl.load(t + total_parts * 4, mask=mask, other=0.0) + d_step * d_step * weight
+        s_mean += s_step * share
+        t_mean += t_step * share
         count += length
-    total = (P * N).to(ACC)
-    a_centre = merge_means(a_mean, a_first, count, total)
-    b_centre = merge_means(b_mean, b_first, count, total)
-    product = _shift_product(a_mean - a_centre, b_mean - b_centre, KIND)
-    return a_centre, tl.expand_dims(tl.sum(m2 + count * product, 1), 1)
+    whole = (P * N).to(ACC)
+    s_centre, s_rest = mean_of_lanes(s_mean, zero, count, whole)
+    t_centre, t_rest = mean_of_lanes(t_mean, zero, count, whole)
+    s_away, t_away = s_mean - s_centre, t_mean - t_centre
+    ss = sum_about_mean(ss, zero, zero, count, s_away, s_away)
+    tt = sum_about_mean(tt, zero, zero, count, t_away, t_away)
+    if CROSS:
+        st = sum_about_mean(st, zero, zero, count, s_away, t_away)
+        dd = sum_about_mean(dd, zero, zero, count, s_away - t_away, s_away - t_away)
+    s_hi, s_lo = two_sum(s_first, s_centre)
+    t_hi, t_lo = two_sum(t_first, t_centre)
+    return s_hi, s_lo + s_rest, t_hi, t_lo + t_rest, ss, tt, st, dd
 
 
 @triton.jit

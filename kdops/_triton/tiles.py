@@ -110,6 +110,12 @@ def exp_scaled(x):
 
 
 @triton.jit
+def difference(a, x, b, y):
+    """a x - b y with both products rounded: 0 where they are equal, when a fused one would leave its rounding."""
+    return tl.fma(a, x, 0.0) - tl.fma(b, y, 0.0)
+
+
+@triton.jit
 def level_sizes(level):
     return (
         tl.load(level + N_FIELD).to(tl.int32),
