@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include <dlfcn.h>
 #include <ucontext.h>
 
 #include "cuda/device.h"
@@ -18,6 +19,10 @@ namespace {
 constexpr size_t kStackBytes = 64 << 10;
 constexpr int kEndless = 100000;  // rounds of polling in which nobody else goes on
 constexpr unsigned char kPoison = 0xff;  // a NaN in every type
+
+// Runs a launch elsewhere; returns what went wrong, or null.
+using Launcher = const char* (*)(const char* kernel, int blocks, int threads, int shared_bytes, int cluster, int cooperative,
+                                 const void* problem, int problem_bytes);
 
 struct Fiber;
 
@@ -69,6 +74,7 @@ struct Machine {
   unsigned seed = 0;  // 0: first come, first served; odd: a random order; even: some blocks run far ahead
   int64_t loaded = 0, stored = 0;
   std::string last_launch;
+  Launcher launcher = nullptr;  // null: fibers
 
   std::vector<std::unique_ptr<Fiber>> pool;
   std::vector<Block> blocks;
@@ -210,6 +216,15 @@ void run_together(int from, int to) {
   }
 }
 
+void run_elsewhere(Kernel kernel, const Launch& l, const Problem& problem) {
+  Dl_info symbol;
+  if (!dladdr(reinterpret_cast<const void*>(kernel), &symbol) || !symbol.dli_sname)
+    throw std::runtime_error("host shim: a kernel without a name");
+  const char* error = machine.launcher(symbol.dli_sname, l.blocks, l.threads, l.shared_bytes, l.cluster, l.cooperative,
+                                       &problem, sizeof(problem));
+  if (error) throw std::runtime_error(error);
+}
+
 }  // namespace
 
 // ---- what kernels ask for -------------------------------------------------------------------------------------------
@@ -333,6 +348,7 @@ void run(Kernel kernel, const Launch& launch, const Problem& problem, void*) {
   if (launch.cooperative &&
       launch.blocks > machine.limits.multiprocessors * resident_blocks(kernel, launch.threads, launch.shared_bytes))
     throw std::runtime_error("host shim: a cooperative launch of more blocks than the device holds");
+  if (machine.launcher) return run_elsewhere(kernel, launch, problem);
   for (int b = 0; b < launch.blocks; b += together) run_together(b, b + together);
 }
 
@@ -342,6 +358,9 @@ extern "C" {
 #define KDOPS_SHIM_EXPORT __attribute__((visibility("default")))
 KDOPS_SHIM_EXPORT void shim_set_device(int architecture, int multiprocessors, int shared_bytes, int l2_bytes) {
   kdops::cuda::machine.limits = {architecture, multiprocessors, shared_bytes, shared_bytes + 1024, l2_bytes};
+}
+KDOPS_SHIM_EXPORT void shim_set_launcher(void* launcher) {
+  kdops::cuda::machine.launcher = reinterpret_cast<kdops::cuda::Launcher>(launcher);
 }
 KDOPS_SHIM_EXPORT void shim_set_order(unsigned seed) { kdops::cuda::machine.seed = seed; }
 KDOPS_SHIM_EXPORT void shim_reset() {

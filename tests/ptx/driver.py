@@ -117,6 +117,11 @@ class Driver:
         return True
 
 
+def variants(kernel: Any) -> int:
+    """How many forms of a JIT function have been compiled in this process."""
+    return len(kernel.device_caches[0][0])
+
+
 def install(architecture: int) -> None:
     """Every launch of this process from now on."""
     if architecture not in _SHARED:

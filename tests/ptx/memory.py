@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes as C
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -28,6 +30,16 @@ def install() -> None:
     """From now on PyTorch allocates so. Nothing fills fresh memory, so that reading it shows."""
     _library().allocator_install()
     torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """What is freed inside stays allocated until the end, as in the memory pool of a CUDA graph."""
+    _library().allocator_hold(1)
+    try:
+        yield
+    finally:
+        _library().allocator_hold(0)
 
 
 def allocations() -> list[tuple[int, int]]:

@@ -12,8 +12,9 @@ from .interpreter import Module, Options, Result, checked
 #: 80, 90 or 100 where kernels run as PTX.
 architecture: Optional[int] = None
 options = Options(poisoned=True)
-#: Of the launches since the test began.
+#: Of the launches since the test began, and the launches themselves.
 results: list[Result] = []
+launches: list[tuple[Module, str, tuple, tuple, bytes, dict[str, Any]]] = []
 totals: Counter = Counter()
 
 
@@ -38,8 +39,21 @@ def launch(module: Module, entry: str, grid: tuple, block: tuple, parameters: by
     """Run an entry on all of PyTorch's memory; raises what is found."""
     from . import memory
 
+    launches.append((module, entry, grid, block, parameters, where))
     result = module.launch(entry, grid, block, parameters, memory.allocations(), options=options, **where)
     results.append(result)
     totals["launches"] += 1
     totals["instructions"] += result.steps
     return checked(result)
+
+
+def forget() -> None:
+    """A test begins."""
+    results.clear()
+    launches.clear()
+
+
+def replay() -> None:
+    """The launches since the test began once more: same kernels, same arguments, whatever the memory holds now."""
+    for module, entry, grid, block, parameters, where in list(launches):
+        launch(module, entry, grid, block, parameters, **where)

@@ -54,7 +54,7 @@ def _spread(items: list[Any], most: int) -> list[Any]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    mode.results.clear()
+    mode.forget()
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

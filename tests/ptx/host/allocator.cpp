@@ -7,6 +7,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <vector>
 
 namespace {
 
@@ -19,11 +20,19 @@ std::map<char*, size_t>& live() {
   return *allocations;
 }
 
+// While a recording holds memory, what is freed stays: its launches may be repeated.
+bool held = false;
+std::vector<char*> waiting;
+
+void free_now(char* data) {
+  live().erase(data);
+  std::free(data - kRedZone);
+}
 void release(void* data) {
   if (!data) return;
   const std::lock_guard<std::mutex> lock(mutex);
-  live().erase(static_cast<char*>(data));
-  std::free(static_cast<char*>(data) - kRedZone);
+  if (held) waiting.push_back(static_cast<char*>(data));
+  else free_now(static_cast<char*>(data));
 }
 
 struct Tracking final : c10::Allocator {
@@ -48,6 +57,14 @@ struct Tracking final : c10::Allocator {
 extern "C" {
 
 void allocator_install() { c10::SetCPUAllocator(&tracking, 100); }
+
+void allocator_hold(int hold) {
+  const std::lock_guard<std::mutex> lock(mutex);
+  held = hold;
+  for (char* data : waiting)
+    if (!held) free_now(data);
+  if (!held) waiting.clear();
+}
 
 // Begin and end of up to `room` live allocations; returns how many there are.
 int64_t allocator_list(uint64_t* out, int64_t room) {
