@@ -13,11 +13,12 @@ MMCV_WHEEL ?=
 # Arguments for the program behind a target: make demo ARGS="--epochs 4"
 ARGS ?=
 
-.PHONY: demo test test-openmmlab bench lint clean help
+.PHONY: demo test test-ptx test-openmmlab bench lint clean help
 
 help:
 	@echo "make demo            distil a real detector and write a report      (ARGS=--help lists the options)"
 	@echo "make test            run the tests                                  (ARGS is given to pytest)"
+	@echo "make test-ptx        all kernels as PTX on every architecture       (ARGS=\"--architectures 90 --seeds 3\", pytest's too)"
 	@echo "make bench           measure, and write the CSV, the table, the plots"
 	@echo "make test-openmmlab  run the tests on MMRazor, MMYOLO and MMDetection (MMCV_WHEEL=path: a built mmcv)"
 	@echo "make lint            ruff"
@@ -27,6 +28,9 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-ptx: $(VENV)/.ready
+	PYTHONPATH=tests $(VENV)/bin/python -m ptx.long $(ARGS)
 
 test-openmmlab: $(MMVENV)/.ready
 	$(MMVENV)/bin/pytest -c tests/openmmlab/pytest.ini tests/openmmlab $(ARGS)

@@ -41,9 +41,14 @@ def in_this_process(function: Callable) -> Callable:
 
 
 def run_in_the_interpreter(path: str) -> None:
-    """Run a test module in the interpreter; its tests must all pass, and there must be some."""
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", path]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    """Run a test module in the interpreter."""
+    run_pytest("-x", path, TRITON_INTERPRET="1")
+
+
+def run_pytest(*arguments: str, **environment: str) -> None:
+    """Run pytest in a process of its own; its tests must all pass, and there must be some."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
     assert done.returncode == 0 and " passed" in last, done.stdout[-6000:] + done.stderr[-2000:]
     assert "skipped" not in last, last

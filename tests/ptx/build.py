@@ -62,4 +62,3 @@ def interpreter() -> Path:
     """The interpreter's library (half a minute the first time)."""
     folder = HERE / "machine"
     return library("ptx", sorted(folder.glob("*.cpp")), sorted(folder.glob("*.h")), [], [])
-

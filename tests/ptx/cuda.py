@@ -25,7 +25,16 @@ def _compiled(source: Path, target: str) -> str:
     headers = [p for p in (_ROOT / "csrc").rglob("*.h")]
     out = build.cache_folder() / f"{source.stem}-{target}-{build.key_of([source, *headers])}.ptx"
     if not out.exists():
-        command = ["nvcc", "-ptx", "-std=c++17", "-O3", "-lineinfo", f"-arch={target}", f"-I{_ROOT / 'csrc'}", str(source)]
+        command = [
+            "nvcc",
+            "-ptx",
+            "-std=c++17",
+            "-O3",
+            "-lineinfo",
+            f"-arch={target}",
+            f"-I{_ROOT / 'csrc'}",
+            str(source),
+        ]
         with tempfile.TemporaryDirectory(dir=build.cache_folder()) as folder:
             part = Path(folder) / out.name
             done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
@@ -46,7 +55,9 @@ def _entries() -> dict[str, Module]:
 
 
 @_LAUNCHER
-def _launch(kernel: bytes, blocks: int, threads: int, shared: int, cluster: int, cooperative: int, problem: int, size: int):
+def _launch(
+    kernel: bytes, blocks: int, threads: int, shared: int, cluster: int, cooperative: int, problem: int, size: int
+):
     try:
         name = kernel.decode()
         where = {"shared": shared, "cluster": cluster, "cooperative": bool(cooperative)}

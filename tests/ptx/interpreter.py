@@ -7,7 +7,7 @@ import json
 import os
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, Optional
+from typing import Any
 
 from . import build
 
@@ -48,7 +48,7 @@ def _library() -> C.CDLL:
     return library
 
 
-def _text(pointer: Optional[int]) -> Optional[str]:
+def _text(pointer: int | None) -> str | None:
     if not pointer:
         return None
     text = C.string_at(pointer).decode(errors="replace")
@@ -81,7 +81,7 @@ class Finding:
     text: str
     file: str
     line: int
-    other: Optional[dict[str, Any]]  # the other instruction of a race
+    other: dict[str, Any] | None  # the other instruction of a race
 
     def __str__(self) -> str:
         place = f"{os.path.basename(self.file)}:{self.line}" if self.file else f"instruction {self.pc}"
@@ -141,7 +141,7 @@ class Module:
         shared: int = 0,
         cluster: int = 1,
         cooperative: bool = False,
-        options: Optional[Options] = None,
+        options: Options | None = None,
     ) -> Result:
         """Run an entry. ``parameters`` are laid out as it wants; ``allocations`` are all that it may touch.
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from typing import Any, Optional
+from typing import Any
 
 from . import build
 from .interpreter import Module, Options, Result, checked
 
 #: 80, 90 or 100 where kernels run as PTX.
-architecture: Optional[int] = None
+architecture: int | None = None
 options = Options(poisoned=True)
 #: Of the launches since the test began, and the launches themselves.
 results: list[Result] = []

@@ -23,4 +23,3 @@ def scalars(out, a, b, c):
     tl.store(out, a)
     tl.store(out + 1, b)
     tl.store(out + 2, c)
-

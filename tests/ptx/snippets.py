@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import struct
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
+import pytest
 
 from .interpreter import Module, Options, Result, checked
 
@@ -23,7 +24,9 @@ def source(body: str, pointers: int, declarations: str = "") -> str:
     parameters = ", ".join(f".param .u64 p{i}" for i in range(pointers))
     loads = "\n".join(f"  ld.param.u64 %a{i}, [p{i}];" for i in range(pointers))
     who = "  mov.u32 %t, %tid.x;\n  mov.u32 %lane, %laneid;\n  mov.u32 %warp, %warpid;\n  mov.u32 %block, %ctaid.x;"
-    return f"{HEADER}\n{declarations}\n.visible .entry k({parameters})\n{{{REGISTERS}{loads}\n{who}\n{body}\n  ret;\n}}\n"
+    return (
+        f"{HEADER}\n{declarations}\n.visible .entry k({parameters})\n{{{REGISTERS}{loads}\n{who}\n{body}\n  ret;\n}}\n"
+    )
 
 
 def execute(
@@ -35,7 +38,7 @@ def execute(
     shared: int = 0,
     cluster: int = 1,
     cooperative: bool = False,
-    options: Optional[Options] = None,
+    options: Options | None = None,
 ) -> Result:
     """Run a snippet on arrays, which it may read and write in place."""
     module = Module(source(body, len(arrays), declarations))
@@ -59,7 +62,7 @@ def aligned(count: int, dtype: Any, boundary: int = 128) -> np.ndarray:
 _REGISTER = {1: "h", 2: "h", 4: "r", 8: "d"}
 
 
-def apply(opcode: str, *operands: Any, result: Any, options: Optional[Options] = None) -> np.ndarray:
+def apply(opcode: str, *operands: Any, result: Any, options: Options | None = None) -> np.ndarray:
     """An instruction on every element: ``operands`` are arrays, or text such as an immediate; ``result`` is a dtype.
 
     In ``opcode`` a "@" stands for the operands where they are not simply "d, a, b".
@@ -76,9 +79,41 @@ def apply(opcode: str, *operands: Any, result: Any, options: Optional[Options] =
     given = iter(names)
     texts = [x if isinstance(x, str) else next(given) for x in operands]
     target = f"%{_REGISTER[out.itemsize]}0"
-    line = opcode.replace("@", ", ".join([target, *texts])) if "@" in opcode else f"{opcode} {target}, {', '.join(texts)};"
+    line = (
+        opcode.replace("@", ", ".join([target, *texts])) if "@" in opcode else f"{opcode} {target}, {', '.join(texts)};"
+    )
     body += [line, f"  mul.wide.u32 %d31, %t, {out.itemsize};", f"  add.u64 %d31, %d31, %a{len(arrays)};"]
     body.append(f"  st.global.b{8 * out.itemsize} [%d31], {target};")
     threads = -(-count // 32) * 32
     checked(execute("\n".join(body), *arrays, out, threads=threads, options=options))
     return out
+
+
+#: Orders of warps and lanes in which a right kernel gives the same.
+ORDERS = [Options(seed=s, quantum=q) for s, q in ((0, 0), (1, 0), (2, 1), (3, 7), (4, 20))]
+ordered = pytest.mark.parametrize("options", ORDERS, ids=lambda o: f"seed{o.seed}-{o.quantum}")
+
+
+def buffers(count: int = 256) -> tuple[np.ndarray, np.ndarray]:
+    """Numbers from 1, and zeros."""
+    x, y = aligned(count, np.uint32), aligned(count, np.uint32)
+    x[:] = np.arange(1, count + 1)
+    return x, y
+
+
+def kinds(body: str, *arrays: np.ndarray, **options: Any) -> set[str]:
+    """What is found in a snippet."""
+    return execute(body, *arrays, **options).kinds()
+
+
+#: An mbarrier at [%r3] that all threads know of, shared memory at %r1; %p1 is set in thread 0. And a wait for a phase.
+MBARRIER = """  .shared .align 8 .b64 full;
+  .shared .align 256 .b8 s[2048];
+  mov.u32 %r1, s;
+  mov.u32 %r3, full;
+  setp.eq.u32 %p1, %t, 0;
+  @%p1 mbarrier.init.shared::cta.b64 [%r3], {count};
+  @%p1 fence.mbarrier_init.release.cluster;
+  bar.sync 0;
+"""
+WAIT = "wait{0}:\n  mbarrier.try_wait.parity.shared::cta.b64 %p2, [%r3], {1};\n  @!%p2 bra wait{0};\n"

@@ -76,7 +76,9 @@ def test_half_precision(operation, name):
     assert np.array_equal(doubled, np.uint32(low) | np.uint32(high) << 16)
 
 
-@pytest.mark.parametrize("name, mode", [*((f, m) for f in ("f32", "f64") for m in MODES), ("f16", "rn"), ("bf16", "rn")])
+@pytest.mark.parametrize(
+    "name, mode", [*((f, m) for f in ("f32", "f64") for m in MODES), ("f16", "rn"), ("bf16", "rn")]
+)
 def test_fma_rounds_once(name, mode):
     """c is close to -a * b in half of the cases, so that a rounded product would show."""
     a, b = (x[-400:] for x in pairs(name, seed=3))

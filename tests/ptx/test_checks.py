@@ -81,31 +81,41 @@ CASES = {
     "lanes without a barrier": (
         {"race: read after write"},
         SLOT + "  st.shared.b32 [%r2], %t;\n  xor.b32 %r3, %r2, 4;\n  ld.shared.b32 %r4, [%r3];",
-        SLOT + f"  st.shared.b32 [%r2], %t;\n  bar.warp.sync {FULL};\n  xor.b32 %r3, %r2, 4;\n  ld.shared.b32 %r4, [%r3];",
+        SLOT
+        + f"  st.shared.b32 [%r2], %t;\n  bar.warp.sync {FULL};\n  xor.b32 %r3, %r2, 4;\n  ld.shared.b32 %r4, [%r3];",
         {},
     ),
     "warps without a barrier": (
         {"race: read after write", "race: write after read", "uninitialised shared read"},
-        SLOT + f"  st.shared.b32 [%r2], %t;\n  bar.warp.sync {FULL};\n  xor.b32 %r3, %r2, 128;\n  ld.shared.b32 %r4, [%r3];",
+        SLOT
+        + f"  st.shared.b32 [%r2], %t;\n  bar.warp.sync {FULL};\n  xor.b32 %r3, %r2, 128;\n  ld.shared.b32 %r4, [%r3];",
         SLOT + "  st.shared.b32 [%r2], %t;\n  bar.sync 0;\n  xor.b32 %r3, %r2, 128;\n  ld.shared.b32 %r4, [%r3];",
         {"threads": 64},
     ),
     "write after read": (
         {"race: write after read", "race: read after write"},
-        SLOT + "  st.shared.b32 [%r2], %t;\n  bar.sync 0;\n  xor.b32 %r3, %r2, 128;\n  ld.shared.b32 %r4, [%r3];\n  st.shared.b32 [%r2], 77;",
-        SLOT + "  st.shared.b32 [%r2], %t;\n  bar.sync 0;\n  xor.b32 %r3, %r2, 128;\n  ld.shared.b32 %r4, [%r3];\n  bar.sync 0;\n  st.shared.b32 [%r2], 77;",
+        SLOT + "  st.shared.b32 [%r2], %t;\n  bar.sync 0;\n  xor.b32 %r3, %r2, 128;\n"
+        "  ld.shared.b32 %r4, [%r3];\n  st.shared.b32 [%r2], 77;",
+        SLOT + "  st.shared.b32 [%r2], %t;\n  bar.sync 0;\n  xor.b32 %r3, %r2, 128;\n"
+        "  ld.shared.b32 %r4, [%r3];\n  bar.sync 0;\n  st.shared.b32 [%r2], 77;",
         {"threads": 64},
     ),
     "write after several readers": (
         {"race: write after read", "race: read after write"},
-        SLOT + "  setp.eq.u32 %p1, %t, 0;\n  @%p1 st.shared.b32 [%r1], 1;\n  bar.sync 0;\n  ld.shared.b32 %r4, [%r1];\n  setp.eq.u32 %p1, %t, 96;\n  @%p1 st.shared.b32 [%r1], 2;",
-        SLOT + "  setp.eq.u32 %p1, %t, 0;\n  @%p1 st.shared.b32 [%r1], 1;\n  bar.sync 0;\n  ld.shared.b32 %r4, [%r1];\n  bar.sync 0;\n  setp.eq.u32 %p1, %t, 96;\n  @%p1 st.shared.b32 [%r1], 2;",
+        SLOT + "  setp.eq.u32 %p1, %t, 0;\n  @%p1 st.shared.b32 [%r1], 1;\n  bar.sync 0;\n"
+        "  ld.shared.b32 %r4, [%r1];\n  setp.eq.u32 %p1, %t, 96;\n"
+        "  @%p1 st.shared.b32 [%r1], 2;",
+        SLOT + "  setp.eq.u32 %p1, %t, 0;\n  @%p1 st.shared.b32 [%r1], 1;\n  bar.sync 0;\n"
+        "  ld.shared.b32 %r4, [%r1];\n  bar.sync 0;\n  setp.eq.u32 %p1, %t, 96;\n"
+        "  @%p1 st.shared.b32 [%r1], 2;",
         {"threads": 128},
     ),
     "write after write of two warps": (
         {"race: write after write"},
-        SLOT + "  and.b32 %r3, %r2, 127;\n  add.u32 %r3, %r3, %r1;\n  and.b32 %r3, %r3, -128;\n  st.shared.b32 [%r1], %warp;",
-        SLOT + "  setp.eq.u32 %p1, %warp, 0;\n  @%p1 st.shared.b32 [%r1], %warp;\n  bar.sync 0;\n  @!%p1 st.shared.b32 [%r1], %warp;",
+        SLOT + "  and.b32 %r3, %r2, 127;\n  add.u32 %r3, %r3, %r1;\n  and.b32 %r3, %r3, -128;\n"
+        "  st.shared.b32 [%r1], %warp;",
+        SLOT + "  setp.eq.u32 %p1, %warp, 0;\n  @%p1 st.shared.b32 [%r1], %warp;\n"
+        "  bar.sync 0;\n  @!%p1 st.shared.b32 [%r1], %warp;",
         {"threads": 64},
     ),
     "lanes of one store": (
@@ -128,20 +138,32 @@ CASES = {
     ),
     "blocks through an atomic without a fence": (
         {"race: read after write"},
-        WHERE.replace("%t,", "%block,") + "  st.global.b32 [%d1], 9;\n  atom.global.add.u32 %r1, [%a0+512], 1;\n  setp.ne.u32 %p1, %r1, 1;\n  @%p1 ret;\n  ld.global.b32 %r2, [%a0];\n  ld.global.b32 %r2, [%a0+4];",
-        WHERE.replace("%t,", "%block,") + "  st.global.b32 [%d1], 9;\n  fence.acq_rel.gpu;\n  atom.global.add.u32 %r1, [%a0+512], 1;\n  fence.acq_rel.gpu;\n  setp.ne.u32 %p1, %r1, 1;\n  @%p1 ret;\n  ld.global.b32 %r2, [%a0];\n  ld.global.b32 %r2, [%a0+4];",
+        WHERE.replace("%t,", "%block,") + "  st.global.b32 [%d1], 9;\n  atom.global.add.u32 %r1, [%a0+512], 1;\n"
+        "  setp.ne.u32 %p1, %r1, 1;\n  @%p1 ret;\n  ld.global.b32 %r2, [%a0];\n"
+        "  ld.global.b32 %r2, [%a0+4];",
+        WHERE.replace("%t,", "%block,") + "  st.global.b32 [%d1], 9;\n  fence.acq_rel.gpu;\n"
+        "  atom.global.add.u32 %r1, [%a0+512], 1;\n  fence.acq_rel.gpu;\n"
+        "  setp.ne.u32 %p1, %r1, 1;\n  @%p1 ret;\n  ld.global.b32 %r2, [%a0];\n"
+        "  ld.global.b32 %r2, [%a0+4];",
         {"blocks": 2, "threads": 1},
     ),
     "blocks through a release and an acquire": (
         {"race: read after write"},
-        WHERE.replace("%t,", "%block,") + "  st.global.b32 [%d1], 9;\n  atom.relaxed.gpu.global.add.u32 %r1, [%a0+512], 1;\n  setp.ne.u32 %p1, %r1, 1;\n  @%p1 ret;\n  ld.global.b32 %r2, [%a0];\n  ld.global.b32 %r2, [%a0+4];",
-        WHERE.replace("%t,", "%block,") + "  st.global.b32 [%d1], 9;\n  atom.acq_rel.gpu.global.add.u32 %r1, [%a0+512], 1;\n  setp.ne.u32 %p1, %r1, 1;\n  @%p1 ret;\n  ld.global.b32 %r2, [%a0];\n  ld.global.b32 %r2, [%a0+4];",
+        WHERE.replace("%t,", "%block,") + "  st.global.b32 [%d1], 9;\n"
+        "  atom.relaxed.gpu.global.add.u32 %r1, [%a0+512], 1;\n"
+        "  setp.ne.u32 %p1, %r1, 1;\n  @%p1 ret;\n  ld.global.b32 %r2, [%a0];\n"
+        "  ld.global.b32 %r2, [%a0+4];",
+        WHERE.replace("%t,", "%block,") + "  st.global.b32 [%d1], 9;\n"
+        "  atom.acq_rel.gpu.global.add.u32 %r1, [%a0+512], 1;\n"
+        "  setp.ne.u32 %p1, %r1, 1;\n  @%p1 ret;\n  ld.global.b32 %r2, [%a0];\n"
+        "  ld.global.b32 %r2, [%a0+4];",
         {"blocks": 2, "threads": 1},
     ),
     "plain store beside atomics": (
         {"race: write after write"},
         "  setp.eq.u32 %p1, %warp, 0;\n  @%p1 st.global.b32 [%a0], 4;\n  @!%p1 red.global.add.u32 [%a0], 1;",
-        "  setp.eq.u32 %p1, %warp, 0;\n  @%p1 st.global.b32 [%a0], 4;\n  bar.sync 0;\n  @!%p1 red.global.add.u32 [%a0], 1;",
+        "  setp.eq.u32 %p1, %warp, 0;\n  @%p1 st.global.b32 [%a0], 4;\n  bar.sync 0;\n"
+        "  @!%p1 red.global.add.u32 [%a0], 1;",
         {"threads": 64},
     ),
     "non-coherent read of fresh values": (
@@ -152,7 +174,8 @@ CASES = {
     ),
     "barrier that some lanes never reach": (
         {"deadlock: lanes of a warp wait for others of it"},
-        f"  setp.lt.u32 %p1, %lane, 5;\n  @%p1 bra on;\n  bar.warp.sync {FULL};\n  bra.uni done;\non:\n  bar.warp.sync {FULL};\ndone:",
+        f"  setp.lt.u32 %p1, %lane, 5;\n  @%p1 bra on;\n  bar.warp.sync {FULL};\n"
+        f"  bra.uni done;\non:\n  bar.warp.sync {FULL};\ndone:",
         f"  setp.lt.u32 %p1, %lane, 5;\n  @%p1 bra on;\n  add.u32 %r1, %r1, 1;\non:\n  bar.warp.sync {FULL};",
         {},
     ),
@@ -171,7 +194,9 @@ CASES = {
     "polling of what nobody changes": (
         {"endless polling"},
         "again:\n  ld.volatile.global.u32 %r1, [%a0];\n  setp.eq.u32 %p1, %r1, 0;\n  @%p1 bra again;",
-        "  setp.eq.u32 %p2, %warp, 1;\n  @%p2 bra set;\nagain:\n  ld.volatile.global.u32 %r1, [%a0];\n  setp.eq.u32 %p1, %r1, 0;\n  @%p1 bra again;\n  ret;\nset:\n  st.volatile.global.u32 [%a0], 1;",
+        "  setp.eq.u32 %p2, %warp, 1;\n  @%p2 bra set;\nagain:\n"
+        "  ld.volatile.global.u32 %r1, [%a0];\n  setp.eq.u32 %p1, %r1, 0;\n"
+        "  @%p1 bra again;\n  ret;\nset:\n  st.volatile.global.u32 [%a0], 1;",
         {"threads": 64},
     ),
     "endless loop": (
@@ -267,7 +292,7 @@ def test_a_report_names_both_sides_of_a_race():
 
 
 def test_the_source_line_of_a_report():
-    body = '.loc 1 33 5\n  ld.global.b32 %r1, [%a0+4096];'
+    body = ".loc 1 33 5\n  ld.global.b32 %r1, [%a0+4096];"
     text = source(body, 1).replace(".address_size 64", '.address_size 64\n.file 1 "kernels.py"')
     x = np.zeros(4, np.uint32)
     module = Module(text)
@@ -288,8 +313,12 @@ def test_what_cannot_be_run():
         Module(source("  add.u32 %r1, %q, 1;", 0))
     with pytest.raises(PtxError, match="no such label: nowhere"):
         Module(source("  bra nowhere;", 0))
-    for line in ("wgmma.fence.sync.aligned;", "add.cc.u32 %r1, %r2, %r3;", "mma.sync.aligned.m16n8k8.row.col.f32 %r1, %r2;",
-                 "cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%a0], [%r2];"):  # fmt: skip
+    for line in (
+        "wgmma.fence.sync.aligned;",
+        "add.cc.u32 %r1, %r2, %r3;",
+        "mma.sync.aligned.m16n8k8.row.col.f32 %r1, %r2;",
+        "cp.async.bulk.tensor.1d.shared::cluster.global.mbarrier::complete_tx::bytes [%r1], [%a0], [%r2];",
+    ):
         module = Module(source("  " + line, 1))
         assert len(module.entries["k"]["unsupported"]) == 1, line
     module = Module(source("  add.cc.u32 %r1, %r2, %r3;", 0))

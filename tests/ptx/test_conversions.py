@@ -66,7 +66,9 @@ def test_pairs_and_their_modifiers(name):
 
 
 @pytest.mark.parametrize("name", FLOATS)
-@pytest.mark.parametrize("mode, function", [("rni", None), ("rzi", math.trunc), ("rmi", math.floor), ("rpi", math.ceil)])
+@pytest.mark.parametrize(
+    "mode, function", [("rni", None), ("rzi", math.trunc), ("rmi", math.floor), ("rpi", math.ceil)]
+)
 @pytest.mark.parametrize("bits", [32, 64])
 def test_to_integers(name, mode, function, bits):
     """Clamped to the range; NaN gives 0."""
@@ -81,7 +83,9 @@ def test_to_integers(name, mode, function, bits):
             elif math.isinf(v):
                 want = limits.max if v > 0 else limits.min
             else:
-                want = min(max(round(Fraction(v)) if function is None else function(Fraction(v)), limits.min), limits.max)
+                want = min(
+                    max(round(Fraction(v)) if function is None else function(Fraction(v)), limits.min), limits.max
+                )
             assert int(y) == want, (v, mode)
 
 
@@ -168,7 +172,11 @@ def test_comparisons_of_integers(bits):
 def test_combined_predicates():
     a, b = np.int32([1, 1, 2, 2]), np.int32([1, 2, 1, 2])
     equal = [True, False, False, True]
-    for operator, function in (("and", lambda x, y: x and y), ("or", lambda x, y: x or y), ("xor", lambda x, y: x != y)):
+    for operator, function in (
+        ("and", lambda x, y: x and y),
+        ("or", lambda x, y: x or y),
+        ("xor", lambda x, y: x != y),
+    ):
         for negated in ("", "!"):
             body = f"setp.gt.s32 %p3, %r1, 1;\n  setp.eq.{operator}.s32 %p1|%p2, %r1, %r2, {negated}%p3;"
             body += "\n  selp.b32 %r50, 2, 0, %p2;\n  selp.b32 %r0, 1, 0, %p1;\n  or.b32 %r0, %r0, %r50;\n  // @"
@@ -184,8 +192,13 @@ def test_set_slct_testp():
     picked = apply("slct.s32.s32", np.int32([1, 1, 1]), np.int32([2, 2, 2]), np.int32([0, -1, 5]), result=np.int32)
     assert picked.tolist() == [1, 2, 1]
     x = np.float32([1, np.inf, np.nan, 2**-130])
-    for what, want in (("finite", [1, 0, 0, 1]), ("infinite", [0, 1, 0, 0]), ("notanumber", [0, 0, 1, 0]),
-                       ("normal", [1, 0, 0, 0]), ("subnormal", [0, 0, 0, 1])):  # fmt: skip
+    for what, want in (
+        ("finite", [1, 0, 0, 1]),
+        ("infinite", [0, 1, 0, 0]),
+        ("notanumber", [0, 0, 1, 0]),
+        ("normal", [1, 0, 0, 0]),
+        ("subnormal", [0, 0, 0, 1]),
+    ):
         body = f"testp.{what}.f32 %p1, %r1;\n  selp.b32 %r0, 1, 0, %p1;\n  // @"
         assert apply(body, x, result=np.uint32).tolist() == want
 
@@ -293,7 +306,10 @@ def test_logic_and_counts():
 
 def test_vectors_of_registers():
     x = random_bits("f64", 32, 1)
-    body = "mov.b64 {%r1, %r2}, %d1;\n  mov.b32 {%h1, %h2}, %r2;\n  mov.b32 %r3, {%h2, %h1};\n  mov.b64 %d0, {%r3, %r1};\n  // @"
+    body = (
+        "mov.b64 {%r1, %r2}, %d1;\n  mov.b32 {%h1, %h2}, %r2;\n"
+        "  mov.b32 %r3, {%h2, %h1};\n  mov.b64 %d0, {%r3, %r1};\n  // @"
+    )
     got = apply(body, x, result=np.uint64)
     for v, y in zip(x, got):
         low, high = int(v) & 0xFFFFFFFF, int(v) >> 32

@@ -34,7 +34,11 @@ def shuffled(mode, b, c, lane, width=32):
 @pytest.mark.parametrize("c", [0x1F, 0x181F, 0x1C1F, 0x1007, 0x0000])
 def test_shuffles_and_their_predicates(mode, b, c):
     c = c & ~31 if mode == "up" and c & 31 == 31 else c
-    body = f"  mad.lo.u32 %r5, %lane, 7, 3;\n  shfl.sync.{mode}.b32 %r0|%p1, %r5, {b}, {c}, {FULL};\n  selp.b32 %r1, 1, 0, %p1;"
+    body = (
+        f"  mad.lo.u32 %r5, %lane, 7, 3;\n"
+        f"  shfl.sync.{mode}.b32 %r0|%p1, %r5, {b}, {c}, {FULL};\n"
+        f"  selp.b32 %r1, 1, 0, %p1;"
+    )
     value, inside = lanes(body, count=2)
     for lane in range(32):
         source, valid = shuffled(mode, b, c, lane)
@@ -82,8 +86,17 @@ def test_matches_and_election():
     assert (leader == 0).all() and elected.tolist() == [1] + [0] * 31 and (active == 0xFFFFFFFF).all()
 
 
-@pytest.mark.parametrize("operation, function", [("add", np.add), ("and", np.bitwise_and), ("or", np.bitwise_or),
-                                                 ("xor", np.bitwise_xor), ("min", np.minimum), ("max", np.maximum)])  # fmt: skip
+@pytest.mark.parametrize(
+    "operation, function",
+    [
+        ("add", np.add),
+        ("and", np.bitwise_and),
+        ("or", np.bitwise_or),
+        ("xor", np.bitwise_xor),
+        ("min", np.minimum),
+        ("max", np.maximum),
+    ],
+)
 def test_reductions_of_a_warp(operation, function):
     x = random_bits("f32", 32, 1)
     load = "  mul.wide.u32 %d1, %t, 4;\n  add.u64 %d1, %d1, %a0;\n  ld.global.b32 %r5, [%d1];\n"
@@ -165,7 +178,10 @@ def test_atomics(opcode, operation, kind, start, values, want, space):
 
 def test_exchange_and_compare():
     cell, old = np.uint32([7]), np.zeros(32, np.uint32)
-    body = "  mul.wide.u32 %d1, %t, 4;\n  add.u64 %d1, %d1, %a1;\n  atom.global.{0} %r0, [%a0], {1};\n  st.global.u32 [%d1], %r0;"
+    body = (
+        "  mul.wide.u32 %d1, %t, 4;\n  add.u64 %d1, %d1, %a1;\n"
+        "  atom.global.{0} %r0, [%a0], {1};\n  st.global.u32 [%d1], %r0;"
+    )
     checked(execute(body.format("exch.b32", "%t"), cell, old))
     assert cell[0] == 31 and old.tolist() == [7, *range(31)]
     cell[0] = 5
@@ -252,7 +268,10 @@ def test_counters():
         result = checked(execute(body.format(shift), x, options=Options(count=True)))
         (load,) = [i for i in result.instructions if "ld.global" in i["text"]]
         assert (load["executed"], load["bytes"], load["sectors"], load["dense_sectors"]) == (1, 128, sectors, 4)
-    body = "  .shared .align 4 .b8 s[4096];\n  mov.u32 %r1, s;\n  shl.b32 %r2, %t, {0};\n  add.u32 %r1, %r1, %r2;\n  st.shared.b32 [%r1], %t;"
+    body = (
+        "  .shared .align 4 .b8 s[4096];\n  mov.u32 %r1, s;\n  shl.b32 %r2, %t, {0};\n"
+        "  add.u32 %r1, %r1, %r2;\n  st.shared.b32 [%r1], %t;"
+    )
     for shift, waves in ((2, 1), (3, 2), (7, 32)):
         result = checked(execute(body.format(shift), x, options=Options(count=True)))
         (store,) = [i for i in result.instructions if "st.shared" in i["text"]]

@@ -27,6 +27,11 @@ bool any_poison(u64 address, int size) {
     if (is_poison(address + i, element)) return true;
   return false;
 }
+std::string access_name(Space space, const char* verb) {
+  static const std::map<Space, std::string> names = {
+      {Space::Global, "global "}, {Space::Shared, "shared "}, {Space::Local, "local "}, {Space::Param, "parameter "}};
+  return names.at(space) + verb;
+}
 std::string bytes(int size) { return " of " + std::to_string(size) + " bytes"; }
 
 }  // namespace
@@ -90,13 +95,12 @@ bool Machine::locate(Warp& w, int lane, const Instruction& n, Space space, u64 a
 
 // Bounds, and alignment at the size or as told; false where nothing may be touched.
 bool Machine::within(Warp& w, int lane, const Instruction& n, const Place& p, int size, const char* verb, int unit) {
-  static const std::map<Space, std::string> names = {
-      {Space::Global, "global "}, {Space::Shared, "shared "}, {Space::Local, "local "}, {Space::Param, "parameter "}};
-  const std::string kind = names.at(p.space) + verb;
   const u64 off = p.address % (unit ? unit : size);
-  if (off) report("misaligned " + kind, n.pc, where(w, lane) + bytes(size) + ", off by " + std::to_string(off));
+  if (off)
+    report("misaligned " + access_name(p.space, verb), n.pc,
+           where(w, lane) + bytes(size) + ", off by " + std::to_string(off));
   const auto out = [&](const std::string& what) {
-    report("out of bounds " + kind, n.pc, where(w, lane) + bytes(size) + what);
+    report("out of bounds " + access_name(p.space, verb), n.pc, where(w, lane) + bytes(size) + what);
     return false;
   };
   switch (p.space) {
