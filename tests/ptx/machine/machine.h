@@ -245,7 +245,7 @@ struct Machine {
 
  private:
   std::unique_ptr<Block> new_block(Domain& d, i64 linear);
-  u64 special(const std::string& name, const Warp& w, int lane) const;
+  void set_specials(Warp& w);
   Warp* choose();
   u32 choose_lanes(Warp& w, u32 free);
   u32 members(Warp& w, const Instruction& n, u32 lanes);

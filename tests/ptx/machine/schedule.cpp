@@ -87,8 +87,7 @@ void Machine::run_domain(i64 first, int count) {
   for (Warp* w : d.warps) {
     w->knows = w->fenced = w->acquired = nothing_known();
     advance(*w);
-    for (const auto& [name, slot] : entry.specials)
-      for (int l = 0; l < kLanes; ++l) w->registers[size_t(slot) * kLanes + l] = special(name, *w, l);
+    set_specials(*w);
   }
   idle_rounds_ = 0;
   while (!stop) {
@@ -288,34 +287,6 @@ void Machine::exit_lanes(Warp& w, u32 lanes, const Instruction& n) {
   ClusterBarrier& c = domain->barriers[block.rank / domain->cluster];
   if (!w.alive && w.cluster_arrived && w.cluster_phase == c.phase) --c.arrived;  // counted among those who live
   if (c.arrived) complete_cluster_if_all_arrived(block);
-}
-
-// ---- special registers ----------------------------------------------------------------------------------------------
-u64 Machine::special(const std::string& name, const Warp& w, int lane) const {
-  const Block& b = *w.block;
-  const int t = w.index * kLanes + lane, bx = launch.block[0], by = launch.block[1], cluster = domain->cluster;
-  const u32 bit = 1u << lane;
-  const int rank = b.rank % cluster;
-  const std::map<std::string, u64> values = {
-      {"%tid.x", t % bx}, {"%tid.y", t / bx % by}, {"%tid.z", t / bx / by},
-      {"%ntid.x", bx}, {"%ntid.y", by}, {"%ntid.z", launch.block[2]},
-      {"%ctaid.x", b.index[0]}, {"%ctaid.y", b.index[1]}, {"%ctaid.z", b.index[2]},
-      {"%nctaid.x", launch.grid[0]}, {"%nctaid.y", launch.grid[1]}, {"%nctaid.z", launch.grid[2]},
-      {"%laneid", lane}, {"%warpid", w.index}, {"%nwarpid", warps_per_block},
-      {"%smid", b.index[0] % 132}, {"%nsmid", 132}, {"%gridid", 1},
-      {"%cluster_ctarank", rank}, {"%cluster_nctarank", cluster},
-      {"%cluster_ctaid.x", rank}, {"%cluster_ctaid.y", 0}, {"%cluster_ctaid.z", 0},
-      {"%cluster_nctaid.x", cluster}, {"%cluster_nctaid.y", 1}, {"%cluster_nctaid.z", 1},
-      {"%clusterid.x", b.index[0] / cluster}, {"%clusterid.y", b.index[1]}, {"%clusterid.z", b.index[2]},
-      {"%nclusterid.x", launch.grid[0] / cluster}, {"%nclusterid.y", launch.grid[1]}, {"%nclusterid.z", launch.grid[2]},
-      {"%is_explicit_cluster", cluster > 1},
-      {"%lanemask_eq", bit}, {"%lanemask_lt", bit - 1}, {"%lanemask_le", (bit - 1) | bit},
-      {"%lanemask_gt", ~((bit - 1) | bit)}, {"%lanemask_ge", ~(bit - 1)},
-      {"%dynamic_smem_size", launch.shared_bytes},
-      {"%total_smem_size", entry.shared_bytes + launch.shared_bytes}};
-  const auto found = values.find(name);
-  if (found == values.end()) throw Unsupported("special register " + name);
-  return found->second;
 }
 
 }  // namespace ptx
