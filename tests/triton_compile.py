@@ -57,7 +57,7 @@ def kernels(launch: Group, norm: int = 1) -> Iterator[tuple[Any, dict[str, Any]]
     yield cwd_loss.cwd_merge, {**acc, "NORM": norm, **MERGE}
     for split in (False, True):
         yield cwd_loss.cwd_sums, {**forward, "SPLIT": split, "MEAN": True}
-        yield cwd_loss.cwd_online, {**forward, "SPLIT": split, "MEAN": True}
+        yield cwd_loss.cwd_online, {**forward, **cwd_loss.ONLINE, "SPLIT": split, "MEAN": True}
         yield cwd_loss.cwd_finish, {**acc, "NORMALISED": split, "MEAN": True, "ROWS": 256, "num_warps": 4}
         yield cwd_loss.cwd_gradient, {**launch.constants, "NORMALISED": split, "MEAN": True}
     yield pkd_loss.pkd_moments, forward
@@ -74,8 +74,8 @@ def flat_kernels() -> Iterator[tuple[Any, dict[str, Any]]]:
 
 def compiled(kernel: Any, constants: dict[str, Any], launch: Group, architecture: int) -> Resources:
     """Compile one kernel for sm_`architecture` and measure the outcome."""
-    options = {"num_warps": constants["num_warps"]}
-    constants = {k: v for k, v in constants.items() if k != "num_warps"}
+    options = {k: v for k, v in constants.items() if k in ("num_warps", "maxnreg")}
+    constants = {k: v for k, v in constants.items() if k not in options}
     names = kernel.arg_names
     acc = "*" + _NAMES[launch.acc]
     types = {"table": "*i64", "source": "*bf16", "out": "*bf16"}

@@ -98,22 +98,27 @@ def _gradient(level, stats, go, go_stride, total_rows, chunk, weight, tau,
     t_factor = factor / tl.load(stat + total_rows * Z_T, mask=exists, other=1.0)
     s_k, t_k = exp_scale(s_k), exp_scale(t_k)
     begin, end = bounds(start, stop, WIDE)
-    for p0 in range(begin, end, POSITIONS * 2):
-        p1, inside = positions(p0, end, ORDER, VEC, POSITIONS)
-        p2, inside2 = positions(p0 + POSITIONS, end, ORDER, VEC, POSITIONS)
-        mask1, mask2 = exists & inside, exists & inside2
+    TILES: tl.constexpr = 2 if S_MODE >= 2 and T_MODE >= 2 and G_MODE >= 2 else 1
+    for p0 in range(begin, end, POSITIONS * TILES):
         # Both tiles are loaded before either is stored: the compiler may not move a load over a store.
+        p1, inside1 = positions(p0, end, ORDER, VEC, POSITIONS)
+        mask1 = exists & inside1
         s1 = load_tile(s_rows, p0, p1, mask1, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC, 0.0)
         t1 = load_tile(t_rows, p0, p1, mask1, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, 0.0)
-        s2 = load_tile(s_rows, p0 + POSITIONS, p2, mask2, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC, 0.0)
-        t2 = load_tile(t_rows, p0 + POSITIONS, p2, mask2, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, 0.0)
+        if TILES == 2:
+            p2, inside2 = positions(p0 + POSITIONS, end, ORDER, VEC, POSITIONS)
+            mask2 = exists & inside2
+            s2 = load_tile(s_rows, p0 + POSITIONS, p2, mask2, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC, 0.0)
+            t2 = load_tile(t_rows, p0 + POSITIONS, p2, mask2, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, 0.0)
+            g2 = difference(s_factor, exp_scaled((s2 - s_max) * s_k), t_factor, exp_scaled((t2 - t_max) * t_k))
+            if NORMALISED:
+                g2 -= (s2 - mean) * slope - rest
         g1 = difference(s_factor, exp_scaled((s1 - s_max) * s_k), t_factor, exp_scaled((t1 - t_max) * t_k))
-        g2 = difference(s_factor, exp_scaled((s2 - s_max) * s_k), t_factor, exp_scaled((t2 - t_max) * t_k))
         if NORMALISED:
             g1 -= (s1 - mean) * slope - rest
-            g2 -= (s2 - mean) * slope - rest
         store_tile(g_rows, p0, p1, mask1, W, g_h, g_w, ORDER, G_MODE, POSITIONS, g1, S_TYPE)
-        store_tile(g_rows, p0 + POSITIONS, p2, mask2, W, g_h, g_w, ORDER, G_MODE, POSITIONS, g2, S_TYPE)
+        if TILES == 2:
+            store_tile(g_rows, p0 + POSITIONS, p2, mask2, W, g_h, g_w, ORDER, G_MODE, POSITIONS, g2, S_TYPE)
 
 
 @triton.jit(do_not_specialize=["go_stride", "total_rows", "chunk", "weight", "tau"])

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from kdops._triton.cwd_backward import cwd_gradient
 from kdops._triton.cwd_forward import cwd_finish, cwd_merge, cwd_moments, cwd_online, cwd_sums
-from kdops._triton.plan import DTYPES, MERGE, Group, double_bits, groups, on_device
+from kdops._triton.plan import DTYPES, MERGE, REGISTERS, Group, double_bits, groups, on_device
 
 STATS_FIELDS = 10
 _PART_FIELDS = 8  # of cwd_moments; cwd_online and cwd_sums need two less
 _MEAN, _NONE = 0, 2
 _FINISH_ROWS = 256
+ONLINE = {"maxnreg": REGISTERS}
 
 
 def forward(
@@ -100,8 +101,10 @@ def _forward_group(
         cwd_merge[grid](table, parts, stats, group.parts, rows, chunk, double_bits(eps), ACC=acc, NORM=norm, **MERGE)
     arguments = (table, stats, losses, parts, rows, group.parts, chunk, double_bits(loss_weight), double_bits(tau))
     mean = reduction == _MEAN
-    kernel = cwd_sums if norm else cwd_online
-    kernel[group.grid](*arguments, **group.constants, SPLIT=group.split, MEAN=mean)
+    if norm:
+        cwd_sums[group.grid](*arguments, **group.constants, SPLIT=group.split, MEAN=mean)
+    else:
+        cwd_online[group.grid](*arguments, **{**group.constants, **ONLINE}, SPLIT=group.split, MEAN=mean)
     if group.split:
         grid = (-(-group.max_rows // _FINISH_ROWS), levels)
         cwd_finish[grid](

@@ -21,6 +21,8 @@ from torch import Tensor
 from kdops._triton.tiles import FIELDS_PER_LEVEL, LEVELS_PER_FILL, STRIDES, fill_strides, fill_table
 
 WARPS = 4
+# Told how many registers it may use, ptxas uses them; left alone it may spill some for the sake of a block more.
+REGISTERS = 128
 _PER_THREAD = 8  # elements of a tile; in channels_last, where every channel has parameters of its own, 16 bytes
 PROGRAMS = 2048  # split rows until a launch has so many programs: about 15 for each of a large GPU's 132 SMs
 _MIN_STEPS = 8  # tiles that a program reads at least where rows are split, to pay for its prologue
@@ -138,6 +140,8 @@ def _group(
 ) -> Group:
     shapes = tuple(level[0].shape for level in levels)
     per_thread = _PER_THREAD if acc == torch.float32 else _PER_THREAD // 4
+    if any(_mode(x, order) < 2 for x in levels[0]):
+        per_thread //= 2  # every element costs an address of two registers
     if order == 1:
         per_thread = min(per_thread, 16 // max(x.dtype.itemsize for x in levels[0]))
     tiling = plan_tiles(shapes, order, per_thread * 32 * WARPS)
@@ -147,6 +151,8 @@ def _group(
     constants |= {f"{name}_MODE": _mode(x, order) for name, x in zip("STG", levels[0])}
     constants |= {"ORDER": order, "VEC": vec, "MIXED": any(a < vec for a in alignments), "WIDE": tiling.wide}
     constants |= {"ROWS": tiling.rows, "POSITIONS": tiling.positions, "num_warps": WARPS}
+    if acc == torch.float64:
+        constants["maxnreg"] = REGISTERS
     packed, strided, part0 = [], [], 0
     for j, level in enumerate(levels):
         n, c, h, w = shapes[j]
