@@ -11,7 +11,11 @@ import sys
 from pathlib import Path
 
 TESTS = Path(__file__).resolve().parent.parent
-MODULES = (*sorted(TESTS.glob("test_triton_*.py")), TESTS / "ptx" / "test_launches.py", TESTS / "test_cuda_paths.py")
+MODULES = (
+    *sorted(TESTS.glob("test_triton_*.py")),
+    *(TESTS / "ptx" / name for name in ("test_launches.py", "test_rounding.py")),
+    TESTS / "test_cuda_paths.py",
+)
 
 
 def passes(seeds: int) -> list[list[str]]:

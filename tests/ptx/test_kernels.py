@@ -10,6 +10,7 @@ from . import mode
 
 TESTS = Path(__file__).resolve().parent.parent
 TRITON = ("test_triton_cwd.py", "test_triton_pkd.py", "test_triton_mgd.py", "ptx/test_launches.py")
+CUDA = ("test_cuda_paths.py", "ptx/test_rounding.py")
 
 if mode.architecture is None:
 
@@ -19,4 +20,4 @@ if mode.architecture is None:
 
     @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
     def test_cuda_kernels():
-        run_pytest("--ptx=90", "--ptx-cases=2", str(TESTS / "test_cuda_paths.py"))
+        run_pytest("--ptx=90", "--ptx-cases=2", *(str(TESTS / name) for name in CUDA))
