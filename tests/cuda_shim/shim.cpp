@@ -359,9 +359,6 @@ extern "C" {
 KDOPS_SHIM_EXPORT void shim_set_device(int architecture, int multiprocessors, int shared_bytes, int l2_bytes) {
   kdops::cuda::machine.limits = {architecture, multiprocessors, shared_bytes, shared_bytes + 1024, l2_bytes};
 }
-KDOPS_SHIM_EXPORT void shim_set_launcher(void* launcher) {
-  kdops::cuda::machine.launcher = reinterpret_cast<kdops::cuda::Launcher>(launcher);
-}
 KDOPS_SHIM_EXPORT void shim_set_order(unsigned seed) { kdops::cuda::machine.seed = seed; }
 KDOPS_SHIM_EXPORT void shim_reset() {
   kdops::cuda::machine.loaded = kdops::cuda::machine.stored = 0;
@@ -371,4 +368,8 @@ KDOPS_SHIM_EXPORT int64_t shim_loaded() { return kdops::cuda::machine.loaded; }
 KDOPS_SHIM_EXPORT int64_t shim_stored() { return kdops::cuda::machine.stored; }
 // blocks,cluster,cooperative,shared_bytes; of each launch since the last reset
 KDOPS_SHIM_EXPORT const char* shim_launches() { return kdops::cuda::machine.last_launch.c_str(); }
+// Every launch goes to this function; null: to fibers.
+KDOPS_SHIM_EXPORT void shim_set_launcher(void* launcher) {
+  kdops::cuda::machine.launcher = reinterpret_cast<kdops::cuda::Launcher>(launcher);
+}
 }
