@@ -18,9 +18,7 @@ enum ChannelWork { kValue = kStats, kChannelFields };
 // What a row needs between the passes.
 enum RowWork {
   kRowMeanS,
-  kRowMeanSLo,
   kRowMeanT,
-  kRowMeanTLo,
   kRowSS,
   kRowTT,
   kRowST,
@@ -42,7 +40,7 @@ struct Options {
 template <class A>
 class Pkd {
  public:
-  Pkd(const Problem& problem, Options options, A* channel_fields, A* row_fields)
+  Pkd(const Problem& problem, Options options, A* channel_fields, double* row_fields)
       : p_(problem), o_(options), channel_fields_(channel_fields), row_fields_(row_fields) {}
 
   std::vector<Pass> statistics() const {
@@ -70,7 +68,7 @@ class Pkd {
 
  private:
   A* channel(int f, int64_t c = 0) const { return channel_fields_ + f * p_.channels + c; }
-  A* field(int f, int64_t row) const { return row_fields_ + f * p_.rows + row; }
+  double* field(int f, int64_t row) const { return row_fields_ + f * p_.rows + row; }
   auto unit(void (Pkd::*pass)(const Level&, int64_t, int64_t) const) const {
     return [this, pass](const Level& level, int64_t n, int64_t block) { (this->*pass)(level, n, block); };
   }
@@ -85,24 +83,25 @@ class Pkd {
     const int64_t row = level.row(n, block);
     kernels<A>().co_moments[level.student_dtype()][level.teacher_dtype()][level.mode](
         level.strip(level.student, n, block), level.strip(level.teacher, n, block), level.rows(block),
-        {field(kRowMeanS, row), field(kRowMeanSLo, row), field(kRowMeanT, row), field(kRowMeanTLo, row),
-         field(kRowSS, row), field(kRowTT, row), field(kRowST, row), field(kRowDD, row)});
+        {field(kRowMeanS, row), field(kRowMeanT, row), field(kRowSS, row), field(kRowTT, row), field(kRowST, row),
+         field(kRowDD, row)});
   }
 
   // Chan's formula over the rows of channel `c`, the first of which is `row`.
   void merge(const Level& level, int64_t row, int64_t c) const {
     const double batch = level.batch, count = batch * level.positions;
-    const auto row_mean_s = [&](int64_t r) { return static_cast<double>(*field(kRowMeanS, r)) + *field(kRowMeanSLo, r); };
-    const auto row_mean_t = [&](int64_t r) { return static_cast<double>(*field(kRowMeanT, r)) + *field(kRowMeanTLo, r); };
     // About the first row's, so that a constant channel has its own value as its mean, exactly.
-    const double first_s = row_mean_s(row), first_t = row_mean_t(row);
+    const double first_s = *field(kRowMeanS, row), first_t = *field(kRowMeanT, row);
     double mean_s = first_s, mean_t = first_t, ss = 0, tt = 0, st = 0, dd = 0;
     const auto each = [&](auto&& visit) {
       for (int64_t n = 0; n < level.batch; ++n) visit(row + n * level.channels);
     };
-    each([&](int64_t r) { mean_s += (row_mean_s(r) - first_s) / batch, mean_t += (row_mean_t(r) - first_t) / batch; });
     each([&](int64_t r) {
-      const double away_s = row_mean_s(r) - mean_s, away_t = row_mean_t(r) - mean_t, away = away_s - away_t;
+      mean_s += (*field(kRowMeanS, r) - first_s) / batch, mean_t += (*field(kRowMeanT, r) - first_t) / batch;
+    });
+    each([&](int64_t r) {
+      const double away_s = *field(kRowMeanS, r) - mean_s, away_t = *field(kRowMeanT, r) - mean_t;
+      const double away = away_s - away_t;
       ss += *field(kRowSS, r) + away_s * away_s * level.positions;
       tt += *field(kRowTT, r) + away_t * away_t * level.positions;
       st += *field(kRowST, r) + away_s * away_t * level.positions;
@@ -116,7 +115,8 @@ class Pkd {
     *channel(kQS, c) = static_cast<A>(s.q);
     const auto [distance, dot] = distance_of(s.r, t.r, ss, tt, st, dd);
     *channel(kDot, c) = static_cast<A>(dot);
-    *channel(kValue, c) = static_cast<A>(o_.weight / (2 * count) * distance);
+    // Rounding may leave less than 0 of a distance that vanishes; NaN stays.
+    *channel(kValue, c) = static_cast<A>(o_.weight / (2 * count) * (distance < 0 ? 0 : distance));
   }
 
   // r_S^2 SS + r_T^2 TT - 2 r_S r_T ST, and r_S^2 SS - r_S r_T ST. These forms cancel when the student comes near to the
@@ -134,12 +134,12 @@ class Pkd {
     const double count = static_cast<double>(level.batch * level.positions);
     const double r_s = *channel(kRS, c), r_t = *channel(kRT, c);
     const double g = grad_output_(c) * o_.channel_weight(level) * o_.weight / count;
-    const A alpha = static_cast<A>(r_s * g * (r_s - *channel(kQS, c) * *channel(kDot, c)));
-    const A beta = static_cast<A>(r_s * g * r_t);
+    const double alpha = r_s * g * (r_s - *channel(kQS, c) * *channel(kDot, c)), beta = r_s * g * r_t;
+    const double mean_s = *channel(kMeanS, c) + static_cast<double>(*channel(kMeanSLo, c));
+    const double mean_t = *channel(kMeanT, c) + static_cast<double>(*channel(kMeanTLo, c));
     for (int64_t n = 0; n < level.batch; ++n, row += level.channels) {
       *field(kAlpha, row) = alpha, *field(kBeta, row) = beta;
-      *field(kRowMeanS, row) = *channel(kMeanS, c), *field(kRowMeanSLo, row) = *channel(kMeanSLo, c);
-      *field(kRowMeanT, row) = *channel(kMeanT, c), *field(kRowMeanTLo, row) = *channel(kMeanTLo, c);
+      *field(kRowMeanS, row) = mean_s, *field(kRowMeanT, row) = mean_t;
     }
   }
 
@@ -148,13 +148,13 @@ class Pkd {
     kernels<A>().affine[level.student_dtype()][level.teacher_dtype()][level.mode](
         level.strip(level.student, n, block), level.strip(level.teacher, n, block),
         level.strip(level.grad_in_place, n, block), level.rows(block),
-        {field(kAlpha, row), field(kRowMeanS, row), field(kRowMeanSLo, row), field(kBeta, row), field(kRowMeanT, row),
-         field(kRowMeanTLo, row)});
+        {field(kAlpha, row), field(kRowMeanS, row), field(kBeta, row), field(kRowMeanT, row)});
   }
 
   const Problem& p_;
   const Options o_;
-  A *const channel_fields_, *const row_fields_;
+  A* const channel_fields_;
+  double* const row_fields_;
   GradOutput<A> grad_output_;
 };
 
@@ -163,8 +163,8 @@ Outputs forward_in(at::TensorList student, at::TensorList teacher, Options optio
   const Problem problem(student, teacher, kernels<A>().lanes, save & kSaveGrads);
   const auto tensor_options = student[0].options().dtype(c10::CppTypeToScalarType<A>::value);
   const at::Tensor channels = at::empty({kChannelFields, problem.channels}, tensor_options);
-  const at::Tensor rows = at::empty({kRowFields, problem.rows}, tensor_options);
-  const Pkd<A> pkd(problem, options, channels.data_ptr<A>(), rows.data_ptr<A>());
+  const at::Tensor rows = at::empty({kRowFields, problem.rows}, tensor_options.dtype(at::kDouble));
+  const Pkd<A> pkd(problem, options, channels.data_ptr<A>(), rows.data_ptr<double>());
   auto passes = pkd.statistics();
   std::vector<at::Tensor> grads;
   if (save & kSaveGrads)
@@ -180,8 +180,8 @@ std::vector<at::Tensor> backward_in(const at::Tensor& grad_output, at::TensorLis
                                     const at::Tensor& stats, Options options) {
   const Problem problem(student, teacher, kernels<A>().lanes, true);
   const at::Tensor channels = stats.contiguous();
-  const at::Tensor rows = at::empty({kRowFields, problem.rows}, stats.options());
-  Pkd<A> pkd(problem, options, channels.data_ptr<A>(), rows.data_ptr<A>());
+  const at::Tensor rows = at::empty({kRowFields, problem.rows}, stats.options().dtype(at::kDouble));
+  Pkd<A> pkd(problem, options, channels.data_ptr<A>(), rows.data_ptr<double>());
   pkd.set_grad_output(GradOutput<A>(grad_output));
   problem.run(pkd.gradients());
   return problem.finished_grads();

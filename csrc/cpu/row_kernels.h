@@ -136,6 +136,15 @@ template <class A, int kMode>
 inline Vec<A> per_row(const A* p, int rows) {
   return kMode == kPositionsInLanes ? broadcast<A>(*p) : widen_part<A>(p, rows);
 }
+// A double as the nearest A and the rest.
+template <class A, int kMode>
+inline void per_row_in_two(const double* p, int rows, Vec<A>& nearest, Vec<A>& rest) {
+  nearest = rest = Vec<A>{};
+  for (int i = 0; i < lanes_of<A>; ++i) {
+    const double x = p[kMode == kPositionsInLanes ? 0 : i < rows ? i : 0];
+    nearest[i] = static_cast<A>(x), rest[i] = static_cast<A>(x - nearest[i]);
+  }
+}
 template <class A, int kMode, class Out>
 inline void put_sum(Out* p, int rows, const Sum<A>& sum) {
   if (kMode == kPositionsInLanes)
@@ -249,7 +258,7 @@ void gradient(const Strip& s, const Strip& t, const Strip& ds, int rows, Gradien
 }
 
 template <class A, class S, class T, int kMode>
-void co_moments(const Strip& s, const Strip& t, int rows, CoMoments<A> out) {
+void co_moments(const Strip& s, const Strip& t, int rows, CoMoments out) {
   const Vec<A> c_s = centre_of<A, S, kMode>(s, rows), c_t = centre_of<A, T, kMode>(t, rows);
   const double count = static_cast<double>(s.segments * s.length);
   Sum<A> sum_s, sum_t, ss, tt, st, dd;
@@ -268,32 +277,30 @@ void co_moments(const Strip& s, const Strip& t, int rows, CoMoments<A> out) {
   if (kMode == kPositionsInLanes) {
     const double total_s = sum_of_lanes<A>(sum_s.total), total_t = sum_of_lanes<A>(sum_t.total);
     const double total_d = total_s - total_t;
-    put_mean<A>(out.mean_s, out.mean_s_lo, c_s[0], total_s / count);
-    put_mean<A>(out.mean_t, out.mean_t_lo, c_t[0], total_t / count);
-    *out.ss = static_cast<A>(sum_of_lanes<A>(ss.total) - total_s * total_s / count);
-    *out.tt = static_cast<A>(sum_of_lanes<A>(tt.total) - total_t * total_t / count);
-    *out.st = static_cast<A>(sum_of_lanes<A>(st.total) - total_s * total_t / count);
-    *out.dd = static_cast<A>(sum_of_lanes<A>(dd.total) - total_d * total_d / count);
+    *out.mean_s = c_s[0] + total_s / count, *out.mean_t = c_t[0] + total_t / count;
+    *out.ss = sum_of_lanes<A>(ss.total) - total_s * total_s / count;
+    *out.tt = sum_of_lanes<A>(tt.total) - total_t * total_t / count;
+    *out.st = sum_of_lanes<A>(st.total) - total_s * total_t / count;
+    *out.dd = sum_of_lanes<A>(dd.total) - total_d * total_d / count;
   } else {
     const WideVec<A> shift_s = sum_s.total / count, shift_t = sum_t.total / count;
     const WideVec<A> sum_d = sum_s.total - sum_t.total;
+    const WideVec<A> centred_ss = ss.total - sum_s.total * shift_s, centred_tt = tt.total - sum_t.total * shift_t;
+    const WideVec<A> centred_st = st.total - sum_s.total * shift_t, centred_dd = dd.total - sum_d * (shift_s - shift_t);
     for (int i = 0; i < rows; ++i) {
-      put_mean<A>(out.mean_s + i, out.mean_s_lo + i, c_s[i], shift_s[i]);
-      put_mean<A>(out.mean_t + i, out.mean_t_lo + i, c_t[i], shift_t[i]);
+      out.mean_s[i] = c_s[i] + shift_s[i], out.mean_t[i] = c_t[i] + shift_t[i];
+      out.ss[i] = centred_ss[i], out.tt[i] = centred_tt[i], out.st[i] = centred_st[i], out.dd[i] = centred_dd[i];
     }
-    narrow_part<A>(out.ss, narrowed<A>(ss.total - sum_s.total * shift_s), rows);
-    narrow_part<A>(out.tt, narrowed<A>(tt.total - sum_t.total * shift_t), rows);
-    narrow_part<A>(out.st, narrowed<A>(st.total - sum_s.total * shift_t), rows);
-    narrow_part<A>(out.dd, narrowed<A>(dd.total - sum_d * (shift_s - shift_t)), rows);
   }
 }
 
 template <class A, class S, class T, int kMode>
-void affine(const Strip& s, const Strip& t, const Strip& ds, int rows, AffineIn<A> in) {
-  const Vec<A> alpha = per_row<A, kMode>(in.alpha, rows), mean_s = per_row<A, kMode>(in.mean_s, rows);
-  const Vec<A> beta = per_row<A, kMode>(in.beta, rows), mean_t = per_row<A, kMode>(in.mean_t, rows);
-  const Vec<A> rest =
-      rounded(alpha * per_row<A, kMode>(in.mean_s_lo, rows)) - rounded(beta * per_row<A, kMode>(in.mean_t_lo, rows));
+void affine(const Strip& s, const Strip& t, const Strip& ds, int rows, AffineIn in) {
+  Vec<A> alpha, beta, mean_s, mean_t, mean_s_lo, mean_t_lo, unused;
+  per_row_in_two<A, kMode>(in.alpha, rows, alpha, unused), per_row_in_two<A, kMode>(in.beta, rows, beta, unused);
+  per_row_in_two<A, kMode>(in.mean_s, rows, mean_s, mean_s_lo);
+  per_row_in_two<A, kMode>(in.mean_t, rows, mean_t, mean_t_lo);
+  const Vec<A> rest = rounded(alpha * mean_s_lo) - rounded(beta * mean_t_lo);
   sweep<A, S, T, kMode>(
       s, t, rows, Into<A, S>{ds},
       [&](Vec<A> x, Vec<A> y, auto) { return rounded(alpha * (x - mean_s)) - rounded(beta * (y - mean_t)) - rest; },

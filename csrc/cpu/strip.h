@@ -51,13 +51,11 @@ template <class A>
 struct GradientIn {  // dS = a e_s - b e_t - slope (s - mean), without the last term where slope is null
   const A *k_s, *m_s, *k_t, *m_t, *a, *b, *slope, *mean, *mean_lo;
 };
-template <class A>
 struct CoMoments {  // out; dd is the centred sum of (s - t)^2
-  A *mean_s, *mean_s_lo, *mean_t, *mean_t_lo, *ss, *tt, *st, *dd;
+  double *mean_s, *mean_t, *ss, *tt, *st, *dd;
 };
-template <class A>
 struct AffineIn {  // dS = alpha (s - mean_s) - beta (t - mean_t)
-  const A *alpha, *mean_s, *mean_s_lo, *beta, *mean_t, *mean_t_lo;
+  const double *alpha, *mean_s, *beta, *mean_t;
 };
 
 // Kernels of one instruction set for accumulation type A; S and T are dtypes of student and teacher.
@@ -66,8 +64,8 @@ struct Kernels {
   void (*moments[kDtypes][2])(const Strip& x, int rows, Moments<A> out);
   void (*softmax[kDtypes][kDtypes][2])(const Strip& s, const Strip& t, int rows, SoftmaxIn<A> in, SoftmaxOut out);
   void (*gradient[kDtypes][kDtypes][2])(const Strip& s, const Strip& t, const Strip& ds, int rows, GradientIn<A> in);
-  void (*co_moments[kDtypes][kDtypes][2])(const Strip& s, const Strip& t, int rows, CoMoments<A> out);
-  void (*affine[kDtypes][kDtypes][2])(const Strip& s, const Strip& t, const Strip& ds, int rows, AffineIn<A> in);
+  void (*co_moments[kDtypes][kDtypes][2])(const Strip& s, const Strip& t, int rows, CoMoments out);
+  void (*affine[kDtypes][kDtypes][2])(const Strip& s, const Strip& t, const Strip& ds, int rows, AffineIn in);
   // ds = factor (s - t) where ds has data, and the sum of (s - t)^2 per row where `sum` is given. ds may be s.
   void (*difference[kDtypes][kDtypes][2])(const Strip& s, const Strip& t, const Strip& ds, int rows, A factor, A* sum);
   void (*scale[kDtypes])(const void* in, void* out, int64_t count, A factor);

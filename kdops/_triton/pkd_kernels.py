@@ -150,6 +150,7 @@ def pkd_merge(table, parts, stats, losses, total_parts: tl.int64, total_channels
     s_part = s_r * ss - t_r * st
     t_part = t_r * tt - s_r * st
     distance = tl.where(near, (s_r - t_r) * surplus + s_r * t_r * dd, s_r * s_part + t_r * t_part)
+    distance = tl.where(distance < 0.0, 0.0, distance)  # what rounding may leave of one that vanishes; NaN stays
     dot = tl.where(near, 0.5 * s_r * ((s_r - t_r) * ss + surplus + t_r * dd), s_r * s_part)
     scale = as_double(weight) / (2 * P * N).to(tl.float64)
     if MEAN:
