@@ -119,6 +119,7 @@ class Module:
     """PTX text, parsed."""
 
     def __init__(self, ptx: str) -> None:
+        self.text = ptx
         handle = C.c_void_p()
         error = _text(_library().ptx_load(ptx.encode(), C.byref(handle)))
         if error:

@@ -13,7 +13,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent.parent
 MODULES = (
     *sorted(TESTS.glob("test_triton_*.py")),
-    *(TESTS / "ptx" / name for name in ("test_launches.py", "test_rounding.py")),
+    *(TESTS / "ptx" / name for name in ("test_launches.py", "test_mutations.py", "test_rounding.py")),
     TESTS / "test_cuda_paths.py",
 )
 

@@ -9,7 +9,13 @@ from triton_interpreter import run_pytest
 from . import mode
 
 TESTS = Path(__file__).resolve().parent.parent
-TRITON = ("test_triton_cwd.py", "test_triton_pkd.py", "test_triton_mgd.py", "ptx/test_launches.py")
+TRITON = (
+    "test_triton_cwd.py",
+    "test_triton_pkd.py",
+    "test_triton_mgd.py",
+    "ptx/test_launches.py",
+    "ptx/test_mutations.py",
+)
 CUDA = ("test_cuda_paths.py", "ptx/test_rounding.py")
 
 if mode.architecture is None:
