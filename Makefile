@@ -12,16 +12,16 @@ MMVENV := .venv-openmmlab
 MMCV_WHEEL ?=
 # Arguments for the program behind a target: make demo ARGS="--epochs 4"
 ARGS ?=
-
 # How long make fuzz runs.
 SECONDS ?= 600
 
-.PHONY: demo test test-openmmlab fuzz bench lint clean help
+.PHONY: demo test test-ptx test-openmmlab fuzz bench lint clean help
 
 help:
 	@echo "make demo            distil a real detector and write a report      (ARGS=--help lists the options)"
 	@echo "make test            run the tests                                  (ARGS is given to pytest)"
 	@echo "make fuzz            random calls against the reference (SECONDS=600, ARGS=\"--seed 1\"); misses go to runs/fuzz"
+	@echo "make test-ptx        all kernels as PTX on every architecture       (ARGS=\"--architectures 90 --seeds 3\", pytest's too)"
 	@echo "make bench           measure, and write the CSV, the table, the plots"
 	@echo "make test-openmmlab  run the tests on MMRazor, MMYOLO and MMDetection (MMCV_WHEEL=path: a built mmcv)"
 	@echo "make lint            ruff"
@@ -31,6 +31,9 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(VENV)/bin/python -m pytest $(ARGS)
+
+test-ptx: $(VENV)/.ready
+	PYTHONPATH=tests $(VENV)/bin/python -m ptx.long $(ARGS)
 
 test-openmmlab: $(MMVENV)/.ready
 	$(MMVENV)/bin/pytest -c tests/openmmlab/pytest.ini tests/openmmlab $(ARGS)

@@ -3,6 +3,7 @@ import torch
 
 from kdops import _extension
 
+pytest_plugins = ["ptx.plugin"]
 INSTRUCTION_SETS = _extension.extension.instruction_sets() if _extension.extension else []
 
 

@@ -1,4 +1,7 @@
-"""The CUDA kernels on the CPU: builds them against the host shim and calls them as operators on CPU tensors."""
+"""The CUDA kernels on the CPU: builds them against the host shim and calls them as operators on CPU tensors.
+
+With --ptx the shim keeps the host's side, and the kernels run as nvcc's PTX.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from ptx import cuda, mode
 from torch import Tensor
 from torch.utils import cpp_extension
 
@@ -39,6 +43,9 @@ class Shim:
             getattr(self._library, name).restype = ctypes.c_int64
         self._library.shim_launches.restype = ctypes.c_char_p
         self.ops = torch.ops.kdops_shim
+        self._as_ptx = mode.architecture is not None
+        if self._as_ptx:
+            cuda.take_over(self._library)
 
     def device(
         self,
@@ -64,14 +71,17 @@ class Shim:
 
     def order(self, seed: int) -> None:
         """In which order threads take turns: 0 first come first served, odd random, even with some blocks far ahead."""
-        self._library.shim_set_order(seed)
+        cuda.order(seed) if self._as_ptx else self._library.shim_set_order(seed)
 
     def reset(self) -> None:
         self._library.shim_reset()
+        mode.forget()
 
     @property
     def bytes(self) -> tuple[int, int]:
         """Loaded from and stored to the maps since the last reset."""
+        if self._as_ptx:
+            return cuda.bytes_moved()
         return self._library.shim_loaded(), self._library.shim_stored()
 
     @property

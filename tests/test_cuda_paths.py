@@ -1,4 +1,4 @@
-"""The CUDA kernels on the host shim: every path against the fp64 oracle, on odd sizes, and the bytes that it moves."""
+"""The CUDA kernels on a CPU: every path against the fp64 oracle, on odd sizes, and the bytes that it moves."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 
 from kdops import testing
 
+pytestmark = pytest.mark.kernels
 PATHS = (host.BLOCK, host.CLUSTER, host.WAVES, host.CHANNELS_LAST)
 CHANNEL_PATHS = (host.BLOCK, host.CLUSTER, host.WAVES)
 POSITIONS_CONTIGUOUS = ("nchw", "channel_slice", "expanded")

@@ -1,7 +1,8 @@
-"""Runs the Triton kernels against the oracle: in Triton's interpreter on a CPU, and natively where there is a GPU.
+"""Runs the Triton kernels against the oracle: in Triton's interpreter or as PTX on a CPU, and natively on a GPU.
 
 TRITON_INTERPRET has to be set before triton is imported, so the interpreter gets a pytest process of its own: without
-the variable, a test module's tests need a GPU, and its `test_in_the_interpreter` runs the module again with it.
+the variable, a test module's tests need a GPU, and its `test_in_the_interpreter` runs the module again with it. With
+--ptx the kernels are compiled for a GPU and run as PTX (see ptx/README.md), in a process of their own too.
 """
 
 from __future__ import annotations
@@ -17,29 +18,37 @@ from unittest import mock
 
 import pytest
 import torch
+from ptx import mode
 from torch import Tensor
 
 from kdops.testing import GRADIENT_BUDGET, VALUE_BUDGET, Case, as_list, relative_error
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+AS_PTX = mode.architecture is not None
+#: On CPU tensors, in either way.
+INTERPRETED = AS_PTX or os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-#: The interpreter cuts where a device rounds to the nearest bfloat16, which doubles the error of a stored gradient.
-BFLOAT16_BUDGET = (2 if INTERPRETED else 1) * GRADIENT_BUDGET[torch.bfloat16]
+#: Triton's interpreter cuts where a device rounds to the nearest bfloat16, which doubles a stored gradient's error.
+BFLOAT16_BUDGET = (2 if INTERPRETED and not AS_PTX else 1) * GRADIENT_BUDGET[torch.bfloat16]
 NORMS = {None: 0, "batch": 1, "pkd": 2}
 REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 _EPS = {None: 0.0, "batch": 1e-5, "pkd": 1e-6}
 
 
 def in_this_process(function: Callable) -> Callable:
-    """Marks a test of the kernels: fresh memory is NaN, and outside the interpreter it needs a GPU."""
-    function = pytest.mark.usefixtures("poisoned")(function)
+    """Marks a test of the kernels: fresh memory is NaN, and outside the interpreters it needs a GPU."""
+    function = pytest.mark.kernels(pytest.mark.usefixtures("poisoned")(function))
     return function if INTERPRETED else pytest.mark.gpu(function)
 
 
 def run_in_the_interpreter(path: str) -> None:
-    """Run a test module in the interpreter; its tests must all pass, and there must be some."""
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", path]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    """Run a test module in the interpreter."""
+    run_pytest("-x", path, TRITON_INTERPRET="1")
+
+
+def run_pytest(*arguments: str, **environment: str) -> None:
+    """Run pytest in a process of its own; its tests must all pass, and there must be some."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else ""
     assert done.returncode == 0 and " passed" in last, done.stdout[-6000:] + done.stderr[-2000:]
     assert "skipped" not in last, last

@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include <dlfcn.h>
 #include <ucontext.h>
 
 #include "cuda/device.h"
@@ -19,6 +20,10 @@ namespace {
 constexpr size_t kStackBytes = 64 << 10;
 constexpr int kEndless = 100000;  // rounds of polling in which nobody else goes on
 constexpr unsigned char kPoison = 0xff;  // a NaN in every type
+
+// Runs a launch elsewhere; returns what went wrong, or null.
+using Launcher = const char* (*)(const char* kernel, int blocks, int threads, int shared_bytes, int cluster, int cooperative,
+                                 const void* problem, int problem_bytes);
 
 struct Fiber;
 
@@ -73,6 +78,7 @@ struct Machine {
   unsigned seed = 0;  // 0: first come, first served; odd: a random order; even: some blocks run far ahead
   int64_t loaded = 0, stored = 0;
   std::string last_launch;
+  Launcher launcher = nullptr;  // null: fibers
 
   std::vector<std::unique_ptr<Fiber>> pool;
   std::vector<Block> blocks;
@@ -214,6 +220,15 @@ void run_together(int from, int to) {
   }
 }
 
+void run_elsewhere(Kernel kernel, const Launch& l, const Problem& problem) {
+  Dl_info symbol;
+  if (!dladdr(reinterpret_cast<const void*>(kernel), &symbol) || !symbol.dli_sname)
+    throw std::runtime_error("host shim: a kernel without a name");
+  const char* error = machine.launcher(symbol.dli_sname, l.blocks, l.threads, l.shared_bytes, l.cluster, l.cooperative,
+                                       &problem, sizeof(problem));
+  if (error) throw std::runtime_error(error);
+}
+
 }  // namespace
 
 // ---- what kernels ask for -------------------------------------------------------------------------------------------
@@ -341,7 +356,9 @@ void run(Kernel kernel, const Launch& launch, const Problem& problem, void*) {
     throw std::runtime_error("host shim: a cooperative launch of more blocks than the device holds");
   if (launch.cooperative && launch.blocks > each * (machine.limits.multiprocessors - machine.busy))
     throw std::invalid_argument("host shim: no room for a cooperative launch");
-  for (int b = 0; b < launch.blocks && !machine.plan_only; b += together) run_together(b, b + together);
+  if (machine.plan_only) return;
+  if (machine.launcher) return run_elsewhere(kernel, launch, problem);
+  for (int b = 0; b < launch.blocks; b += together) run_together(b, b + together);
 }
 
 }  // namespace kdops::cuda
@@ -363,4 +380,8 @@ KDOPS_SHIM_EXPORT int64_t shim_loaded() { return kdops::cuda::machine.loaded; }
 KDOPS_SHIM_EXPORT int64_t shim_stored() { return kdops::cuda::machine.stored; }
 // blocks,cluster,cooperative,shared_bytes; of each launch since the last reset
 KDOPS_SHIM_EXPORT const char* shim_launches() { return kdops::cuda::machine.last_launch.c_str(); }
+// Every launch goes to this function; null: to fibers.
+KDOPS_SHIM_EXPORT void shim_set_launcher(void* launcher) {
+  kdops::cuda::machine.launcher = reinterpret_cast<kdops::cuda::Launcher>(launcher);
+}
 }

@@ -9,7 +9,8 @@
 #include "cpu/half.h"
 #include "cuda/problem.h"
 
-#define KDOPS_KERNEL(threads, blocks) static void
+// Visible, so that a kernel's address leads to its name, which is that of its PTX.
+#define KDOPS_KERNEL(threads, blocks) __attribute__((visibility("default"))) void
 #define KDOPS_FN inline
 #define KDOPS_PARAMETER const
 
