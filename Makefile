@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-PIP := $(VENV)/bin/pip install --disable-pip-version-check -q
-# What is installed as "torch": another version or index line for those who want one.
+PIP := $(VENV)/bin/pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt
+# What is installed as "torch": another version or index line for those who want one. Its names are not constrained.
 TORCH ?= torch torchvision
+FREE := $(if $(filter file,$(origin TORCH)),,torch torchvision triton setuptools $(TORCH))
 SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 PYTHONS := $(shell find kdops integrations -name '*.py')
 # OpenMMLab's environment, and a wheel of mmcv for it: without one, mmcv is built from source.
@@ -48,8 +49,10 @@ bench: $(VENV)/.ready
 lint: $(VENV)/.ready
 	$(VENV)/bin/ruff check .
 
-$(VENV)/.packages:
+$(VENV)/.packages: constraints.txt
 	$(PYTHON) -m venv $(VENV)
+	echo '$(FREE)' | tr ' ' '\n' | sed -nE 's/^([A-Za-z][A-Za-z0-9_.-]*).*/^\1==/p' | grep -vif - constraints.txt \
+		> $(VENV)/constraints.txt
 	$(PIP) -U pip "setuptools>=77" wheel ninja
 	$(PIP) $(TORCH)
 	@touch $@

@@ -251,9 +251,9 @@ def _level(pick: Pick, shape: tuple[int, ...], options: dict[str, Any]) -> Level
     if options.get("resize") is None:
         return Level(shape, None, pick(DTYPES), pick(DTYPES), _random_view(pick), _random_view(pick))
     # PyTorch resizes a constant map to one that is not quite, and passes gradients on in the student's dtype, where
-    # that of such a channel overflows fp16: neither is the loss's doing.
+    # that of such a channel overflows fp16: neither is the loss's doing. In fp64 the oracle is resized no better.
     size = tuple(pick([e for e in EXTENTS[:16] if shape[0] * e > 1]) for _ in "hw")
-    dtypes = pick([d for d in DTYPES if d != "float16"]), pick(DTYPES)
+    dtypes = pick(("float32", "bfloat16")), pick(("float32", "bfloat16", "float16"))
     return Level(shape, size, *dtypes, _random_view(pick, expand=False), _random_view(pick, expand=False))
 
 

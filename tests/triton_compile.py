@@ -56,13 +56,13 @@ def kernels(launch: Group, norm: int = 1) -> Iterator[tuple[Any, dict[str, Any]]
     yield cwd_loss.cwd_moments, forward
     yield cwd_loss.cwd_merge, {**acc, "NORM": norm, **MERGE}
     for split in (False, True):
-        yield cwd_loss.cwd_sums, {**forward, "SPLIT": split, "MEAN": True}
+        yield cwd_loss.cwd_sums, {**forward, **launch.units, "SPLIT": split, "MEAN": True}
         yield cwd_loss.cwd_online, {**forward, **cwd_loss.ONLINE, "SPLIT": split, "MEAN": True}
         yield cwd_loss.cwd_finish, {**acc, "NORMALISED": split, "MEAN": True, "ROWS": 256, "num_warps": 4}
-        yield cwd_loss.cwd_gradient, {**launch.constants, "NORMALISED": split, "MEAN": True}
+        yield cwd_loss.cwd_gradient, {**launch.constants, **launch.units, "NORMALISED": split, "MEAN": True}
     yield pkd_loss.pkd_moments, forward
     yield pkd_loss.pkd_merge, {**acc, "NORM": norm, "MEAN": True, **MERGE}
-    yield pkd_loss.pkd_gradient, {**launch.constants, "MEAN": True}
+    yield pkd_loss.pkd_gradient, {**launch.constants, **launch.units, "MEAN": True}
 
 
 def flat_kernels() -> Iterator[tuple[Any, dict[str, Any]]]:

@@ -42,6 +42,7 @@ from kdops._triton.tiles import (
     row_pointers,
     store_tile,
     tile_rows,
+    unit_index,
 )
 
 _IMAGES = tl.constexpr(16)  # of a channel, per step of its dot product
@@ -63,7 +64,7 @@ def _channel_dot(stats, go, go_stride, total_rows, row0, c, exists, N, C, ACC: t
 @triton.jit
 def _gradient(level, stats, go, go_stride, total_rows, chunk, weight, tau,
               S_TYPE: tl.constexpr, T_TYPE: tl.constexpr, ACC: tl.constexpr, S_MODE: tl.constexpr,
-              T_MODE: tl.constexpr, G_MODE: tl.constexpr, ORDER: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
+              T_MODE: tl.constexpr, G_MODE: tl.constexpr, ORDER: tl.constexpr, VEC: tl.constexpr, UNIT_VEC: tl.constexpr, WIDE: tl.constexpr,
               ROWS: tl.constexpr, POSITIONS: tl.constexpr, NORMALISED: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
     N, C, P = level_sizes(level)
     W = tl.load(level + W_FIELD)
@@ -76,7 +77,8 @@ def _gradient(level, stats, go, go_stride, total_rows, chunk, weight, tau,
     t_h, t_w = position_strides(level, TEACHER, ORDER, T_MODE, VEC)
     g_h, g_w = position_strides(level, GRADIENT, ORDER, G_MODE, VEC)
     row0 = tl.load(level + ROW0)
-    row = row0 + tl.expand_dims(n.to(tl.int64) * C + c, 1)
+    row = unit_index(row0 + n.to(tl.int64) * C, c, UNIT_VEC)
+    total_rows = total_rows // UNIT_VEC * UNIT_VEC
     stat = stats + row
     scale = row_weight(level, weight, tau, ACC, MEAN, 1)
     inverse_tau = (1.0 / as_double(tau)).to(ACC)
@@ -126,12 +128,12 @@ def cwd_gradient(table, stats, go, go_stride: tl.int64, total_rows: tl.int64, ch
                  tau: tl.int64,
                  S_TYPE: tl.constexpr, T_TYPE: tl.constexpr, ACC: tl.constexpr, S_MODE: tl.constexpr,
                  T_MODE: tl.constexpr, G_MODE: tl.constexpr, ORDER: tl.constexpr, VEC: tl.constexpr,
-                 MIXED: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr,
-                 NORMALISED: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
+                 UNIT_VEC: tl.constexpr, MIXED: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+                 POSITIONS: tl.constexpr, NORMALISED: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
     """The gradient of the student. grad_output is one value (go_stride 0) or one per row."""
     level = table + tl.program_id(1) * LEVEL_FIELDS
     for unaligned in tl.static_range(1 + MIXED):
         if tl.load(level + ALIGNED) != unaligned:
             _gradient(level, stats, go, go_stride, total_rows, chunk, weight, tau, S_TYPE, T_TYPE, ACC, S_MODE,
-                      T_MODE, G_MODE, ORDER, 1 if unaligned else VEC, WIDE, ROWS, POSITIONS, NORMALISED,
+                      T_MODE, G_MODE, ORDER, 1 if unaligned else VEC, UNIT_VEC, WIDE, ROWS, POSITIONS, NORMALISED,
                       MEAN)  # fmt: skip

@@ -41,6 +41,7 @@ from kdops._triton.tiles import (
     positions,
     row_pointers,
     tile_rows,
+    unit_index,
 )
 
 # Fields of `stats`, [R] each; the first four and the last are equal in all rows of a channel.
@@ -204,8 +205,8 @@ def _close_rows(stat, losses, total_rows, mask, z_s, z_t, gap, divergence, dot, 
 @triton.jit
 def _sums(level, unit, stats, losses, parts, total_rows, total_parts, chunk, weight, tau,
           S_TYPE: tl.constexpr, T_TYPE: tl.constexpr, ACC: tl.constexpr, S_MODE: tl.constexpr, T_MODE: tl.constexpr,
-          ORDER: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr,
-          SPLIT: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
+          ORDER: tl.constexpr, VEC: tl.constexpr, UNIT_VEC: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+          POSITIONS: tl.constexpr, SPLIT: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
     N, C, P = level_sizes(level)
     W = tl.load(level + W_FIELD)
     n, c, exists, split, start, stop = tile_rows(unit, N, C, P, chunk, ORDER, VEC, ROWS, POSITIONS)
@@ -214,7 +215,8 @@ def _sums(level, unit, stats, losses, parts, total_rows, total_parts, chunk, wei
     t_rows = row_pointers(level, TEACHER, n, c, T_TYPE, ORDER, T_MODE, VEC)
     s_h, s_w = position_strides(level, STUDENT, ORDER, S_MODE, VEC)
     t_h, t_w = position_strides(level, TEACHER, ORDER, T_MODE, VEC)
-    row = tl.load(level + ROW0) + tl.expand_dims(n.to(tl.int64) * C + c, 1)
+    row = unit_index(tl.load(level + ROW0) + n.to(tl.int64) * C, c, UNIT_VEC)
+    total_rows = total_rows // UNIT_VEC * UNIT_VEC
     stat = stats + row
     inverse_tau = (1.0 / as_double(tau)).to(ACC)
     s_k = tl.load(stat + total_rows * R_S, mask=exists, other=0.0) * inverse_tau
@@ -266,15 +268,16 @@ def _sums(level, unit, stats, losses, parts, total_rows, total_parts, chunk, wei
 def cwd_sums(table, stats, losses, parts, total_rows: tl.int64, total_parts: tl.int64, chunk: tl.int64,
              weight: tl.int64, tau: tl.int64,
              S_TYPE: tl.constexpr, T_TYPE: tl.constexpr, ACC: tl.constexpr, S_MODE: tl.constexpr, T_MODE: tl.constexpr,
-             ORDER: tl.constexpr, VEC: tl.constexpr, MIXED: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
-             POSITIONS: tl.constexpr, SPLIT: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
+             ORDER: tl.constexpr, VEC: tl.constexpr, UNIT_VEC: tl.constexpr, MIXED: tl.constexpr, WIDE: tl.constexpr,
+             ROWS: tl.constexpr, POSITIONS: tl.constexpr, SPLIT: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
     """Partition functions, the divergence and the dot product of the normalisation's derivative, for each row."""
     unit = tl.num_programs(0) - 1 - tl.program_id(0)
     level = table + (tl.num_programs(1) - 1 - tl.program_id(1)) * LEVEL_FIELDS
     for unaligned in tl.static_range(1 + MIXED):
         if tl.load(level + ALIGNED) != unaligned:
             _sums(level, unit, stats, losses, parts, total_rows, total_parts, chunk, weight, tau, S_TYPE, T_TYPE, ACC,
-                  S_MODE, T_MODE, ORDER, 1 if unaligned else VEC, WIDE, ROWS, POSITIONS, SPLIT, MEAN)  # fmt: skip
+                  S_MODE, T_MODE, ORDER, 1 if unaligned else VEC, UNIT_VEC, WIDE, ROWS, POSITIONS, SPLIT,
+                  MEAN)  # fmt: skip
 
 
 @triton.jit

@@ -73,6 +73,7 @@ def backward(
                 double_bits(loss_weight),
                 double_bits(tau),
                 **group.constants,
+                **group.units,
                 NORMALISED=norm != 0,
                 MEAN=reduction == _MEAN,
             )
@@ -102,7 +103,7 @@ def _forward_group(
     arguments = (table, stats, losses, parts, rows, group.parts, chunk, double_bits(loss_weight), double_bits(tau))
     mean = reduction == _MEAN
     if norm:
-        cwd_sums[group.grid](*arguments, **group.constants, SPLIT=group.split, MEAN=mean)
+        cwd_sums[group.grid](*arguments, **group.constants, **group.units, SPLIT=group.split, MEAN=mean)
     else:
         cwd_online[group.grid](*arguments, **{**group.constants, **ONLINE}, SPLIT=group.split, MEAN=mean)
     if group.split:

@@ -38,6 +38,7 @@ from kdops._triton.tiles import (
     row_pointers,
     store_tile,
     tile_rows,
+    unit_index,
 )
 
 # Fields of `stats`, [K] each.
@@ -172,8 +173,8 @@ def pkd_merge(table, parts, stats, losses, total_parts: tl.int64, total_channels
 @triton.jit
 def _gradient(level, stats, go, go_stride, total_channels, chunk, weight,
               S_TYPE: tl.constexpr, T_TYPE: tl.constexpr, ACC: tl.constexpr, S_MODE: tl.constexpr,
-              T_MODE: tl.constexpr, G_MODE: tl.constexpr, ORDER: tl.constexpr, VEC: tl.constexpr, WIDE: tl.constexpr,
-              ROWS: tl.constexpr, POSITIONS: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
+              T_MODE: tl.constexpr, G_MODE: tl.constexpr, ORDER: tl.constexpr, VEC: tl.constexpr, UNIT_VEC: tl.constexpr,
+              WIDE: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
     N, C, P = level_sizes(level)
     W = tl.load(level + W_FIELD)
     n, c, exists, split, start, stop = tile_rows(tl.program_id(0), N, C, P, chunk, ORDER, VEC, ROWS, POSITIONS)
@@ -184,7 +185,8 @@ def _gradient(level, stats, go, go_stride, total_channels, chunk, weight,
     s_h, s_w = position_strides(level, STUDENT, ORDER, S_MODE, VEC)
     t_h, t_w = position_strides(level, TEACHER, ORDER, T_MODE, VEC)
     g_h, g_w = position_strides(level, GRADIENT, ORDER, G_MODE, VEC)
-    channel = tl.load(level + CHANNEL0) + tl.expand_dims(c, 1)
+    channel = unit_index(tl.load(level + CHANNEL0), c, UNIT_VEC)
+    total_channels = total_channels // UNIT_VEC * UNIT_VEC
     stats += channel
     scale = as_double(weight) / (P * N).to(tl.float64)
     if MEAN:
@@ -224,11 +226,11 @@ def _gradient(level, stats, go, go_stride, total_channels, chunk, weight,
 def pkd_gradient(table, stats, go, go_stride: tl.int64, total_channels: tl.int64, chunk: tl.int64, weight: tl.int64,
                  S_TYPE: tl.constexpr, T_TYPE: tl.constexpr, ACC: tl.constexpr, S_MODE: tl.constexpr,
                  T_MODE: tl.constexpr, G_MODE: tl.constexpr, ORDER: tl.constexpr, VEC: tl.constexpr,
-                 MIXED: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr,
-                 MEAN: tl.constexpr):  # fmt: skip
+                 UNIT_VEC: tl.constexpr, MIXED: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr,
+                 POSITIONS: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
     """The gradient of the student. grad_output is one value (go_stride 0) or one per channel."""
     level = table + tl.program_id(1) * LEVEL_FIELDS
     for unaligned in tl.static_range(1 + MIXED):
         if tl.load(level + ALIGNED) != unaligned:
             _gradient(level, stats, go, go_stride, total_channels, chunk, weight, S_TYPE, T_TYPE, ACC, S_MODE, T_MODE,
-                      G_MODE, ORDER, 1 if unaligned else VEC, WIDE, ROWS, POSITIONS, MEAN)  # fmt: skip
+                      G_MODE, ORDER, 1 if unaligned else VEC, UNIT_VEC, WIDE, ROWS, POSITIONS, MEAN)  # fmt: skip

@@ -83,6 +83,7 @@ def backward(
                 group.tiling.chunk,
                 double_bits(loss_weight),
                 **group.constants,
+                **group.units,
                 MEAN=reduction == _MEAN,
             )
         return grads

@@ -66,6 +66,7 @@ class Group:
     levels: tuple[int, ...]  # indices into the caller's lists
     tiling: Tiling
     constants: dict[str, Any]  # of every pass over the maps
+    units: dict[str, Any]  # of those that read statistics
     acc: torch.dtype
     max_rows: int  # N*C of the level with the most rows
     max_channels: int
@@ -126,17 +127,24 @@ def _groups(levels: tuple[tuple[Map, ...], ...]) -> tuple[Group, ...]:
         together.setdefault((order, tuple((_mode(x, order), x.dtype) for x in level)), []).append(i)
     offsets, row0, channel0 = [], 0, 0
     for student, *_ in levels:
-        offsets.append(row0 << _HALF | channel0)
+        offsets.append((row0, channel0))
         row0, channel0 = row0 + student.shape[0] * student.shape[1], channel0 + student.shape[1]
     acc = torch.float64 if wide else torch.float32
     return tuple(
-        _group(tuple(indices), [levels[i] for i in indices], [offsets[i] for i in indices], order, acc)
+        _group(
+            tuple(indices), [levels[i] for i in indices], [offsets[i] for i in indices], (row0, channel0), order, acc
+        )
         for (order, _), indices in together.items()
     )
 
 
 def _group(
-    indices: tuple[int, ...], levels: list[tuple[Map, ...]], offsets: list[int], order: int, acc: torch.dtype
+    indices: tuple[int, ...],
+    levels: list[tuple[Map, ...]],
+    offsets: list[tuple[int, int]],
+    totals: tuple[int, int],
+    order: int,
+    acc: torch.dtype,
 ) -> Group:
     shapes = tuple(level[0].shape for level in levels)
     per_thread = _PER_THREAD if acc == torch.float32 else _PER_THREAD // 4
@@ -162,12 +170,14 @@ def _group(
                 flags |= 2 << k
             elif x.strides != (c * h * w, h * w, w, 1):
                 strided.append((j * FIELDS_PER_LEVEL + STRIDES.value + 4 * k, x.strides))
-        packed.append((n << _HALF | c, h << _HALF | w, offsets[j], part0 << 4 | flags))
+        row0, channel0 = offsets[j]
+        packed.append((n << _HALF | c, h << _HALF | w, row0 << _HALF | channel0, part0 << 4 | flags))
         part0 += tiling.parts[j]
     return Group(
         levels=indices,
         tiling=tiling,
         constants=constants,
+        units={"UNIT_VEC": _unit_alignment(shapes, offsets, totals) if order else 1},
         acc=acc,
         max_rows=max(n * c for n, c, _, _ in shapes),
         max_channels=max(c for _, c, _, _ in shapes),
@@ -205,6 +215,12 @@ def plan_tiles(shapes: tuple[tuple[int, ...], ...], order: int, tile: int) -> Ti
         parts=tuple(n * c * k for (n, c, _), k in zip(maps, splits)),
         wide=any(p + chunk >= 2**31 - 2**16 for _, _, p in maps),
     )
+
+
+def _unit_alignment(shapes: tuple, offsets: list[tuple[int, int]], totals: tuple[int, int]) -> int:
+    """4 where four channels' statistics always lie at a multiple of four, be they by row or by channel; else 1."""
+    starts = (*totals, *(x for pair in offsets for x in pair), *(c for _, c, _, _ in shapes))
+    return 4 if all(x % 4 == 0 for x in starts) else 1
 
 
 def _fitting(candidates: Sequence[int], extents: Sequence[tuple[int, int]]) -> int:

@@ -9,7 +9,8 @@ A row is one (n, c), row = n*C + c. A tile is [ROWS, POSITIONS] of one tensor. O
 neighbouring addresses: 0 positions (NCHW), 1 channels (channels_last). A tensor's MODE has bit 0 set when its stride
 along that axis is 1 and bit 1 when h and w collapse into one stride; any other strides are read in place as well, only
 slower. VEC elements, a power of two, divide all offsets of a level that is flagged as aligned. The compiler cannot know
-that, so strides and sizes are passed through `x // VEC * VEC`, which changes no value and tells it.
+that, so strides and sizes are passed through `x // VEC * VEC`, which changes no value and tells it. UNIT_VEC does the same
+for the statistics of the neighbouring channels of a channels_last tile.
 """
 
 import triton
@@ -153,6 +154,12 @@ def tile_rows(unit, N, C, P, chunk, ORDER: tl.constexpr, VEC: tl.constexpr, ROWS
     start = split * chunk
     stop = tl.where(inside, tl.minimum(start + chunk, P), start)
     return n, c, exists, split, start, stop
+
+
+@triton.jit
+def unit_index(first, c, UNIT_VEC: tl.constexpr):
+    """[ROWS, 1] index first + c of a row or channel in the statistics; UNIT_VEC divides first."""
+    return tl.expand_dims(first // UNIT_VEC * UNIT_VEC + c, 1)
 
 
 @triton.jit
