@@ -13,12 +13,16 @@ MMCV_WHEEL ?=
 # Arguments for the program behind a target: make demo ARGS="--epochs 4"
 ARGS ?=
 
-.PHONY: demo test test-ptx test-openmmlab bench lint clean help
+# How long make fuzz runs.
+SECONDS ?= 600
+
+.PHONY: demo test test-ptx test-openmmlab fuzz bench lint clean help
 
 help:
 	@echo "make demo            distil a real detector and write a report      (ARGS=--help lists the options)"
 	@echo "make test            run the tests                                  (ARGS is given to pytest)"
 	@echo "make test-ptx        all kernels as PTX on every architecture       (ARGS=\"--architectures 90 --seeds 3\", pytest's too)"
+	@echo "make fuzz            random calls against the reference (SECONDS=600, ARGS=\"--seed 1\"); misses go to runs/fuzz"
 	@echo "make bench           measure, and write the CSV, the table, the plots"
 	@echo "make test-openmmlab  run the tests on MMRazor, MMYOLO and MMDetection (MMCV_WHEEL=path: a built mmcv)"
 	@echo "make lint            ruff"
@@ -34,6 +38,9 @@ test-ptx: $(VENV)/.ready
 
 test-openmmlab: $(MMVENV)/.ready
 	$(MMVENV)/bin/pytest -c tests/openmmlab/pytest.ini tests/openmmlab $(ARGS)
+
+fuzz: $(VENV)/.ready
+	PYTHONPATH=. $(VENV)/bin/python tests/fuzz.py --seconds $(SECONDS) $(ARGS)
 
 bench: $(VENV)/.ready
 	$(VENV)/bin/python -m benchmarks.run $(ARGS)

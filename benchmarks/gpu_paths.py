@@ -1,5 +1,6 @@
 """Times the paths of the CUDA kernels, with the gradient in both places, beside Triton.
 
+A step is forward and backward in a CUDA graph, on inputs that the cache has lost: the kernels' time without the host's.
 What `kdops._cuda.RULES` names as faster on a device is to be entered from this file's CSV. It has not been run yet.
 """
 
@@ -29,7 +30,7 @@ STATISTICS, IN_FORWARD = "gradient from statistics", "gradient in the forward"
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_paths", description=__doc__)
     parser.add_argument("--only", default="", metavar="TEXT", help="only workloads whose name contains TEXT")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of timing per workload (default: 5)")
+    parser.add_argument("--replays", type=int, default=30, help="of each graph (default: 30)")
     parser.add_argument("--output", default=str(table.RESULTS), metavar="FOLDER")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     cases = [c for c in shapes.workloads("quick", "cuda") if c.loss in ROUTED and options.only in shapes.key(c)]
     for case in (progress := tqdm(cases, unit="workload")):
         progress.set_description(shapes.key(case))
-        rows += [{**row, **stamp} for row in measured(case, options.seconds)]
+        rows += [{**row, **stamp} for row in measured(case, options.replays)]
         table.write(path, rows)
     wrong = [row for row in rows if row["mode"] == DISAGREES]
     for row in wrong:
@@ -49,16 +50,16 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def measured(case: Case, seconds: float) -> Iterator[table.Row]:
-    """Rows of one workload: the providers that agree with the oracle, timed together as whole steps."""
+def measured(case: Case, replays: int) -> Iterator[table.Row]:
+    """Rows of one workload: the providers that agree with the oracle, timed as whole steps."""
     student, teacher = case.inputs("cuda")
+    inputs = shapes.elements(case) * case.student_dtype.itemsize * 2
+    copies = [case.inputs("cuda", seed) for seed in range(timing.copies_beyond_l2(inputs))]
     oracle = agreement.Oracle(case, student, teacher)
-    about: dict[str, table.Row] = {}
-    steps: dict[str, timing.Step] = {}
     for name, forced in providers(case, student, teacher).items():
         with forced():
             errors = oracle.errors(name, case.call, student, teacher)
-        about[name] = {
+        row = {
             "op": case.loss,
             "options": shapes.options_text(case),
             "provider": name,
@@ -68,15 +69,13 @@ def measured(case: Case, seconds: float) -> Iterator[table.Row]:
             "value_error": f"{errors.value:.1e}",
             "gradient_error": f"{errors.gradient:.1e}",
         }
-        if errors.agree:
-            steps[name] = timing.Step(_step(forced, case, student, teacher))
-        else:
-            yield {**about[name], "mode": DISAGREES}
-    del oracle
-    for name, modes in timing.interleaved(steps, seconds, "cuda").items():
-        quantiles = timing.quantiles(modes[timing.PASS])._asdict()
-        row = {**about[name], "mode": timing.BOTH, **{f"{q}_us": f"{value:.2f}" for q, value in quantiles.items()}}
-        yield {**row, "peak_bytes": str(memory.peak_above_inputs(steps[name], "cuda"))}
+        if not errors.agree:
+            yield {**row, "mode": DISAGREES}
+            continue
+        steps = [_step(forced, case, *maps) for maps in copies]
+        times = timing.quantiles(timing.graph(steps, replays))._asdict()
+        peak = str(memory.peak_above_inputs(steps[0], "cuda"))
+        yield {**row, "mode": timing.GRAPH, "peak_bytes": peak, **{f"{q}_us": f"{t:.2f}" for q, t in times.items()}}
 
 
 def providers(case: Case, student: Any, teacher: Any) -> dict[str, Callable[[], AbstractContextManager]]:
@@ -91,14 +90,14 @@ def providers(case: Case, student: Any, teacher: Any) -> dict[str, Callable[[], 
     return found
 
 
-def _step(forced: Callable[[], AbstractContextManager], case: Case, student: Any, teacher: Any) -> Callable[[], Any]:
+def _step(forced: Callable[[], AbstractContextManager], case: Case, student: Any, teacher: Any) -> timing.Step:
     step = timing.Step(lambda: case.call(student, teacher), student)
 
     def call() -> Any:
         with forced():  # the backward too
             return step()
 
-    return call
+    return timing.Step(call)
 
 
 if __name__ == "__main__":

@@ -74,16 +74,14 @@ def refusal(loss: str, path: Path, student: Sequence[Tensor], teacher: Sequence[
     return _operators.cuda_refusal(loss, path, list(student), list(teacher)) or None
 
 
-def choose(loss: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Path:
-    """The path that serves a call: the forced one, the first rule's that holds, or Triton's."""
-    if _forced:
-        return _forced[-1][0]
+def choices(loss: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Iterator[Path]:
+    """The paths that may serve a call, best first: those whose rule holds, then Triton's."""
     if any(rule.faster_on for rule in RULES):
         major, minor = torch.cuda.get_device_capability(student[0].device)
         for rule in RULES:
             if 10 * major + minor in rule.faster_on and refusal(loss, rule.path, student, teacher) is None:
-                return rule.path
-    return Path.TRITON
+                yield rule.path
+    yield Path.TRITON
 
 
 @contextmanager
@@ -108,8 +106,17 @@ def routed(loss: str, function: str, triton: Callable) -> Callable:
     name = f"{loss}_cuda" if function == "forward" else f"{loss}_backward_cuda"
     maps = 0 if function == "forward" else 1  # behind grad_output
 
-    def call(*args: Any) -> Any:
-        path = choose(loss, args[maps], args[maps + 1])
+    def on(path: Path, args: tuple) -> Any:
         return triton(*args) if path == Path.TRITON else getattr(_operators, name)(*args, path)
+
+    def call(*args: Any) -> Any:
+        if _forced:
+            return on(_forced[-1][0], args)
+        for path in choices(loss, args[maps], args[maps + 1]):
+            try:
+                return on(path, args)
+            except NotImplementedError:  # a refusal that only the launch could find: no room beside other work
+                if path == Path.TRITON:
+                    raise
 
     return call

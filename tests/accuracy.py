@@ -1,7 +1,7 @@
 """How exact a loss has to be where float32 is hard pressed: large means, and maps that are nearly equal.
 
-The eager code that detectors are distilled with today (benchmarks/providers.py) is the measure: on the same inputs in
-fp32, each error against the fp64 oracle may be four times its own.
+The eager code that detectors are distilled with today (benchmarks/providers.py) is the measure: in fp32, each error
+against the fp64 oracle may be four times its own.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ MEANS = (0.0, 1.0, 30.0, 100.0, 300.0, 1000.0)
 #: Distance of student and teacher, in standard deviations.
 DISTANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 
-#: Error of CWD's value, in units of tau^2 loss_weight, that is allowed where the value itself vanishes; and of the GPU
-#: kernel that sums up a row in one pass, against a running maximum.
-FLOOR, ONLINE_FLOOR = 1e-9, 5e-8
+#: Error of CWD's value, in units of tau^2 loss_weight, that is allowed where the value itself vanishes; and of the GPU's
+#: kernels, those that normalise and the one that sums up a row in one pass, against a running maximum.
+FLOOR, GPU_FLOOR, ONLINE_FLOOR = 1e-9, 5e-9, 5e-8
 
 #: Losses with options: those that normalise, and all.
 NORMALISED = [(name, o) for name, (_, variants) in LOSSES.items() for o in variants if o.get("norm")]
@@ -33,13 +33,17 @@ Run = Callable[[Case, list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]]
 
 
 def check_a_mean(case: Case, mean: float, run: Run, device: str = "cpu") -> None:
-    """Value and gradient of maps whose channels have a mean of so many deviations."""
+    """Value and gradient of maps whose channels have a mean of so many deviations.
+
+    The measure is what the eager code is off without a mean: with one it is often off by far more.
+    """
     generator = torch.Generator().manual_seed(3)
-    maps = [torch.randn(case.shapes[0], generator=generator) + mean for _ in range(2)]
-    student, teacher = (laid_out(x.to(device), case.student_layout) for x in maps)
+    maps = [torch.randn(case.shapes[0], generator=generator) for _ in range(2)]
+    _, unmoved = _errors(case, *(x.to(device) for x in maps), run)
+    student, teacher = (laid_out((x + mean).to(device), case.student_layout) for x in maps)
     value, gradient = _errors(case, student, teacher, run)
-    assert value.ours <= max(VALUE_BUDGET[torch.float32], EAGER_FACTOR * value.eager), (mean, value)
-    assert gradient.ours <= EAGER_FACTOR * gradient.eager, (mean, gradient)
+    assert value.ours <= VALUE_BUDGET[torch.float32], (mean, value)
+    assert gradient.ours <= EAGER_FACTOR * unmoved.eager, (mean, gradient, unmoved)
 
 
 def check_a_distance(case: Case, distance: float, floor: float, run: Run, device: str = "cpu") -> None:

@@ -6,6 +6,8 @@ With --ptx the shim keeps the host's side, and the kernels run as nvcc's PTX.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +21,10 @@ from kdops import testing
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK, CLUSTER, WAVES, CHANNELS_LAST = 1, 2, 3, 4
+#: The smallest bf16 maps for which every kind of meeting takes place on an H100: clusters of 8 blocks, waves of groups
+#: of at least 3, each with several channels.
+MEETING = {BLOCK: (2, 3, 20, 20), CLUSTER: (32, 2, 80, 80), WAVES: (4, 130, 80, 80), CHANNELS_LAST: (2, 130, 40, 41)}
+H100 = {"architecture": 90, "multiprocessors": 132, "shared": 227 << 10, "l2": 50 << 20}
 
 
 class LaunchRecord(NamedTuple):
@@ -42,9 +48,26 @@ class Shim:
             cuda.take_over(self._library)
 
     def device(
-        self, architecture: int = 90, multiprocessors: int = 4, shared: int = 227 << 10, l2: int = 50 << 20
+        self,
+        architecture: int = 90,
+        multiprocessors: int = 4,
+        shared: int = 227 << 10,
+        l2: int = 50 << 20,
+        code: int | None = None,
+        busy: int = 0,
     ) -> None:
-        self._library.shim_set_device(architecture, multiprocessors, shared, l2)
+        """``code``: the architecture that the kernels were compiled for; ``busy``: multiprocessors that others hold."""
+        code = architecture if code is None else code
+        self._library.shim_set_device(architecture, multiprocessors, shared, l2, code, busy)
+
+    @contextmanager
+    def planning(self) -> Iterator[None]:
+        """Launches are written down without being run."""
+        self._library.shim_plan_only(True)
+        try:
+            yield
+        finally:
+            self._library.shim_plan_only(False)
 
     def order(self, seed: int) -> None:
         """In which order threads take turns: 0 first come first served, odd random, even with some blocks far ahead."""

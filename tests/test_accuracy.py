@@ -30,7 +30,8 @@ def test_a_large_mean_costs_no_accuracy(loss, options, mean, layout, instruction
 @pytest.mark.parametrize("distance", accuracy.DISTANCES)
 @pytest.mark.parametrize("loss, options", accuracy.ALL, ids=str)
 def test_nearly_equal_maps(loss, options, distance, layout, instruction_set, device):
-    floor = accuracy.ONLINE_FLOOR if device == "cuda" and not options.get("norm") else accuracy.FLOOR
+    on_gpu = accuracy.GPU_FLOOR if options.get("norm") else accuracy.ONLINE_FLOOR
+    floor = on_gpu if device == "cuda" else accuracy.FLOOR
     accuracy.check_a_distance(case_of(loss, options, layout), distance, floor, run, device)
 
 

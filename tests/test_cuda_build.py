@@ -76,6 +76,19 @@ def test_no_spills_and_registers_within_the_plan(compiled):
         assert in_warps * THREADS * blocks <= REGISTERS, (name, architecture, registers)
 
 
+@pytest.mark.parametrize("loss", ["cwd_loss", "pkd_loss"])
+def test_code_without_clusters_traps_where_it_would_need_them(loss, tmp_path):
+    """In a kernel of sm_80 a barrier that does nothing would give wrong results in silence."""
+    for architecture, barriers in (("80", False), ("90a", True)):
+        ptx = tmp_path / f"{architecture}.ptx"
+        nvcc("-ptx", "-O3", f"-arch=sm_{architecture}", f"csrc/cuda/{loss}.cu", "-o", str(ptx))
+        entries = {text.split("(")[0]: text for text in ptx.read_text().split(".entry ")[1:]}
+        on_chip = [text for name, text in entries.items() if "_channels" in name and "Lb1E" in name]
+        assert len(on_chip) == 3  # element types
+        for text in on_chip:
+            assert ("barrier.cluster" in text) == barriers and ("trap;" in text) != barriers
+
+
 def test_links_and_registers(compiled):
     """The library loads with no GPU there, and its operators have CUDA kernels."""
     folder, _ = compiled

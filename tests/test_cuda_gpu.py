@@ -76,17 +76,22 @@ def test_same_bits_every_time(loss, path):
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
 
 
+def meeting(loss: str, path: Path) -> testing.Case:
+    """Maps for which the blocks of the path wait for one another."""
+    return testing.Case(loss, testing.LOSSES[loss][1][-1], (host.MEETING[path],), *HALF, **layout(path))
+
+
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
 @pytest.mark.parametrize("loss", testing.LOSSES)
-def test_graph_replays_on_new_values(loss, path):
-    case = testing.Case(loss, testing.LOSSES[loss][1][-1], ((4, 32, 20, 20),), *HALF, **layout(path))
-    student, teacher = taken(case, path)
-    fresh = case.inputs("cuda", seed=5)[0]
+def test_meetings_for_the_sanitizer(loss, path):
+    """benchmarks/gpu_check.sh runs these under memcheck, racecheck and synccheck."""
+    case = meeting(loss, path)
+    taken(case, path)
+    host.check(torch.ops.kdops, case, path, "cuda")
 
-    def work():
-        value, _, grads = host.forward(torch.ops.kdops, case, student, teacher, path, host.GRADS)
-        return value, grads[0]
 
+def replayed(work, student, fresh) -> None:
+    """What `work` gives in a graph on new values of the student is what it gives outside."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         work()
@@ -96,9 +101,57 @@ def test_graph_replays_on_new_values(loss, path):
         captured = work()
     with torch.no_grad():
         student.copy_(fresh)
-    graph.replay()
+    for _ in range(3):  # counters of a replay begin anew
+        graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(captured, work()))
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
+@pytest.mark.parametrize("loss", testing.LOSSES)
+def test_graph_replays_on_new_values(loss, path):
+    case = meeting(loss, path)
+    student, teacher = taken(case, path)
+
+    def work():
+        value, _, grads = host.forward(torch.ops.kdops, case, student, teacher, path, host.GRADS)
+        return value, grads[0]
+
+    replayed(work, student, case.inputs("cuda", seed=5)[0])
+
+
+@pytest.mark.parametrize("in_forward", [False, True])
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
+@pytest.mark.parametrize("loss", testing.LOSSES)
+def test_graph_replays_a_backward(loss, path, in_forward):
+    """Forward and backward through autograd, with a grad_output that changes too."""
+    case = meeting(loss, path)
+    student, teacher = taken(case, path)
+    scale = torch.full((), 0.5, device="cuda")
+
+    def work():
+        with _cuda.forced(path, gradient_in_forward=in_forward):
+            value = case.call(student, teacher)
+            return value.detach(), *torch.autograd.grad(value, student, scale)
+
+    replayed(work, student, case.inputs("cuda", seed=5)[0])
+    scale.fill_(3.0)
+    replayed(work, student, case.inputs("cuda", seed=6)[0])
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)
+@pytest.mark.parametrize("loss", testing.LOSSES)
+def test_another_device_than_the_current_one(loss, path):
+    """Limits, occupancy and kernels' attributes belong to the device of the maps."""
+    case = meeting(loss, path)
+    for device in ("cuda:1", "cuda:0", "cuda:1"):
+        taken(case, path, device)
+        with torch.cuda.device(0):
+            host.check(torch.ops.kdops, case, path, device)
+            with _cuda.forced(path):
+                testing.check(case, device)
+        assert torch.cuda.current_device() == 0
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda p: p.name)

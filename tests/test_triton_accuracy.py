@@ -31,7 +31,7 @@ def test_a_large_mean_costs_no_accuracy(loss, options, mean, layout):
 @pytest.mark.parametrize("distance", accuracy.DISTANCES)
 @pytest.mark.parametrize("loss, options", accuracy.ALL, ids=str)
 def test_nearly_equal_maps(loss, options, distance, layout):
-    floor = accuracy.FLOOR if options.get("norm") else accuracy.ONLINE_FLOOR
+    floor = accuracy.GPU_FLOOR if options.get("norm") else accuracy.ONLINE_FLOOR
     accuracy.check_a_distance(case_of(loss, options, layout), distance, floor, value_and_gradient, DEVICE)
 
 

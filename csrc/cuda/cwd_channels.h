@@ -12,11 +12,10 @@
 namespace kdops::cuda {
 
 // Partial results of a piece, and what a block knows about each image of its channel.
-enum CwdPart { kPartMeanS, kPartM2S, kPartMaxS, kPartMeanT, kPartM2T, kPartMaxT, kPartZS, kPartZT, kPartDivergence,
-               kPartSS, kPartTS, kCwdParts };
+enum CwdPart { kPartMeanS, kPartMeanSLo, kPartM2S, kPartMaxS, kPartMeanT, kPartMeanTLo, kPartM2T, kPartMaxT,
+               kMomentParts, kCwdParts = kMomentParts + kSoftmaxSums };
 enum CwdImage { kImageMaxS, kImageMaxT, kImageA, kImageB, kImageDot, kCwdImages };
-constexpr int kMomentParts = kPartZS;
-enum CwdValue { kChannelMeanS, kChannelRS, kChannelRT, kChannelQS };
+enum CwdValue { kChannelMeanS, kChannelMeanSLo, kChannelRS, kChannelRT, kChannelQS, kChannelCentreS, kChannelCentreT };
 
 template <bool kOnChip, class T>
 KDOPS_FN void write_gradient(const Piece<T>& piece, const GradientInputs& g) {
@@ -46,7 +45,7 @@ class CwdChannel {
       group_.share(kPartMeanS, kMomentParts, false);
       merge_moments(level);
       softmax(level, c);
-      group_.share(kPartZS, kCwdParts - kMomentParts, true);
+      group_.share(kMomentParts, kSoftmaxSums, true);
       finish_images(level, c);
       if (p_.want_grads) gradients(level, c);
     }
@@ -72,10 +71,12 @@ class CwdChannel {
       const Moments ms = warp_merged(student.moments(count)), mt = warp_merged(teacher.moments(count));
       max_s = warp_max(max_s), max_t = warp_max(max_t);
       if (device::lane() == 0) {
-        group_.put(kPartMeanS, local, index, ms.mean);
+        group_.put(kPartMeanS, local, index, ms.mean.hi);
+        group_.put(kPartMeanSLo, local, index, ms.mean.lo);
         group_.put(kPartM2S, local, index, ms.m2);
         group_.put(kPartMaxS, local, index, max_s);
-        group_.put(kPartMeanT, local, index, mt.mean);
+        group_.put(kPartMeanT, local, index, mt.mean.hi);
+        group_.put(kPartMeanTLo, local, index, mt.mean.lo);
         group_.put(kPartM2T, local, index, mt.m2);
         group_.put(kPartMaxT, local, index, max_t);
       }
@@ -83,10 +84,11 @@ class CwdChannel {
   }
 
   KDOPS_FN Moments merged_pieces(const Level& level, int mean_part) const {
-    Moments all = {0, 0, 0};
+    Moments all = {0, {0, 0}, 0};
     for (int i = device::lane(); i < group_.pieces(); i += kLanes)
-      all = merged(all, {static_cast<float>(length_of(level, i)), group_.get(mean_part, i),
-                         group_.get(mean_part + 1, i)});
+      all = merged(all, {static_cast<float>(length_of(level, i)),
+                         {group_.get(mean_part, i), group_.get(mean_part + 1, i)},
+                         group_.get(mean_part + 2, i)});
     return warp_merged(all);
   }
 
@@ -97,7 +99,9 @@ class CwdChannel {
       if (device::lane() == 0) {
         const Scale scale_s = channel_scale(p_.norm, p_.eps, s.m2, s.count);
         const Scale scale_t = channel_scale(p_.norm, p_.eps, t.m2, t.count);
-        channel[kChannelMeanS] = p_.norm == kNoNorm ? 0.0f : s.mean;
+        const Wide mean = p_.norm == kNoNorm ? Wide{0, 0} : s.mean;
+        channel[kChannelMeanS] = mean.hi, channel[kChannelMeanSLo] = mean.lo;
+        channel[kChannelCentreS] = s.mean.hi, channel[kChannelCentreT] = t.mean.hi;
         channel[kChannelRS] = scale_s.r, channel[kChannelRT] = scale_t.r, channel[kChannelQS] = scale_s.q;
       }
     }
@@ -113,14 +117,18 @@ class CwdChannel {
 
   KDOPS_FN SoftmaxInputs inputs(const Level& level, int n) const {
     const float* channel = group_.channel();
-    return {channel[kChannelRS] * p_.inv_tau, channel[kChannelRT] * p_.inv_tau, image(level, kImageMaxS, n),
-            image(level, kImageMaxT, n)};
+    return softmax_inputs(p_, channel[kChannelRS], channel[kChannelRT], image(level, kImageMaxS, n),
+                          image(level, kImageMaxT, n));
+  }
+  KDOPS_FN float offset(const SoftmaxInputs& in) const {
+    return row_offset(in, group_.channel()[kChannelCentreS], group_.channel()[kChannelCentreT]);
   }
 
   KDOPS_FN void softmax(const Level& level, int c) const {
     group_.each_piece([&](int local, int index) {
       const auto x = group_.template piece<T>(level, c, local, index);
-      const SoftmaxInputs in = inputs(level, x.image);
+      const SoftmaxInputs softmax = inputs(level, x.image);
+      const SumInputs in = sum_inputs(softmax, offset(softmax));
       SoftmaxSums sums;
       each_pack(x, [&](auto width, int i) {
         constexpr int V = decltype(width)::value;
@@ -130,14 +138,12 @@ class CwdChannel {
 #pragma unroll
         for (int j = 0; j < V; ++j) add_softmax(sums, in, s[j], t[j]);
       });
-      const float z_s = warp_sum(sums.z_s), z_t = warp_sum(sums.z_t), divergence = warp_sum(sums.divergence);
-      const float ss = warp_sum(sums.s_under_s), ts = warp_sum(sums.s_under_t);
-      if (device::lane() == 0) {
-        group_.put(kPartZS, local, index, z_s);
-        group_.put(kPartZT, local, index, z_t);
-        group_.put(kPartDivergence, local, index, divergence);
-        group_.put(kPartSS, local, index, ss);
-        group_.put(kPartTS, local, index, ts);
+      float values[kSoftmaxSums];
+      values_of(sums, values);
+#pragma unroll
+      for (int f = 0; f < kSoftmaxSums; ++f) {
+        const float all = warp_sum(values[f]);
+        if (device::lane() == 0) group_.put(kMomentParts + f, local, index, all);
       }
     });
   }
@@ -146,20 +152,17 @@ class CwdChannel {
   KDOPS_FN void finish_images(const Level& level, int c) const {
     const float* channel = group_.channel();
     for (int n = device::thread(); n < level.batch; n += device::threads()) {
-      SoftmaxSums sums;
-      for (int i = n * level.splits; i < (n + 1) * level.splits; ++i) {
-        sums.z_s += group_.get(kPartZS, i), sums.z_t += group_.get(kPartZT, i);
-        sums.divergence += group_.get(kPartDivergence, i);
-        sums.s_under_s += group_.get(kPartSS, i), sums.s_under_t += group_.get(kPartTS, i);
-      }
+      const SoftmaxSums sums = row_sums(n * level.splits, (n + 1) * level.splits,
+                                        [&](int f, int i) { return group_.get(kMomentParts + f, i); });
       const float dot = row_dot(sums);
       image(level, kImageA, n) = 1.0f / sums.z_s, image(level, kImageB, n) = 1.0f / sums.z_t;
       image(level, kImageDot, n) = dot;
       if (!group_.is_first()) continue;
       const CwdStats stats(p_, level, n, c);
-      p_.losses[stats.row] = level.loss_scale * row_divergence(sums);
+      p_.losses[stats.row] = level.loss_scale * row_divergence(sums, offset(inputs(level, n)));
       if (p_.stats == nullptr) continue;
-      stats(kCwdMeanS) = channel[kChannelMeanS], stats(kCwdRS) = channel[kChannelRS];
+      stats(kCwdMeanS) = channel[kChannelMeanS], stats(kCwdMeanSLo) = channel[kChannelMeanSLo];
+      stats(kCwdRS) = channel[kChannelRS];
       stats(kCwdRT) = channel[kChannelRT], stats(kCwdQS) = channel[kChannelQS];
       stats(kCwdMaxS) = image(level, kImageMaxS, n), stats(kCwdMaxT) = image(level, kImageMaxT, n);
       stats(kCwdZS) = sums.z_s, stats(kCwdZT) = sums.z_t, stats(kCwdDot) = dot;
@@ -176,7 +179,8 @@ class CwdChannel {
     group_.each_piece([&](int local, int index) {
       const auto x = group_.template piece<T>(level, c, local, index);
       const GradientInputs g = {inputs(level, x.image), outer * image(level, kImageA, x.image),
-                                outer * image(level, kImageB, x.image), slope, channel[kChannelMeanS]};
+                                outer * image(level, kImageB, x.image), slope, channel[kChannelMeanS],
+                                slope * channel[kChannelMeanSLo]};
       write_gradient<kOnChip>(x, g);
     });
   }
@@ -188,13 +192,13 @@ class CwdChannel {
 };
 
 template <class T, bool kOnChip>
-KDOPS_KERNEL(kThreads, 3) cwd_channels(KDOPS_PARAMETER Problem p) {
+KDOPS_KERNEL(kThreads, kChannelBlocks) cwd_channels(KDOPS_PARAMETER Problem p) {
   CwdChannel<T, kOnChip>(p).run();
 }
 
 // The gradient from saved statistics: one pass. A warp takes one piece of a row.
 template <class T>
-KDOPS_KERNEL(kThreads, 3) cwd_backward(KDOPS_PARAMETER Problem p) {
+KDOPS_KERNEL(kThreads, kChannelBlocks) cwd_backward(KDOPS_PARAMETER Problem p) {
   const int unit = device::block() / p.group, part = device::block() % p.group;
   const Level& level = level_of(p, unit);
   const int c = unit - level.first_unit, step = p.group * device::warps();

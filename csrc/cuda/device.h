@@ -34,15 +34,19 @@ KDOPS_FN char* shared_memory() {
 KDOPS_FN void sync_block() { __syncthreads(); }
 KDOPS_FN float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
 
-// ---- thread-block clusters: never reached below sm_90 ---------------------------------------------------------------
+// ---- thread-block clusters: launched only where the code is of sm_90 or later, and a trap in older code ------------
 KDOPS_FN void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#else
+  __trap();
 #endif
 }
 KDOPS_FN void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __trap();
 #endif
 }
 // The same place in the shared memory of another block of the cluster.
@@ -52,6 +56,7 @@ KDOPS_FN const float* of_rank(const float* p, int rank) {
   asm volatile("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"(p), "r"(rank));
   return there;
 #else
+  __trap();
   return p;
 #endif
 }
@@ -122,6 +127,12 @@ KDOPS_FN Values load_shared(const void* p) {
   Values v;
   memcpy(&v, &word, sizeof(v));
   return v;
+}
+template <class Values>
+KDOPS_FN void store_shared(void* p, const Values& v) {
+  typename Word<sizeof(Values)>::type word;
+  memcpy(&word, &v, sizeof(v));
+  *static_cast<typename Word<sizeof(Values)>::type*>(p) = word;
 }
 template <class Values>
 KDOPS_FN Values load_global(const void* p) {

@@ -71,11 +71,11 @@ class LaneMap {
   const bool pairs_;
 };
 
-// Calls f(s, t, position) for this warp's positions.
-template <class T, class F>
+// Calls f(s, t, position) for this warp's positions, `kUnroll` of them at a time: as many as registers allow.
+template <class T, int kUnroll = 4, class F>
 KDOPS_FN void each_position(const Level& level, const Tile& tile, F&& f) {
   const LaneMap<T> student(level, level.student, tile), teacher(level, level.teacher, tile);
-#pragma unroll 4
+#pragma unroll kUnroll
   for (int i = tile.start + device::warp(); i < tile.stop; i += kBlockWarps) {
     float s[kLaneChannels], t[kLaneChannels];
     student.load(i, s);
@@ -93,6 +93,14 @@ KDOPS_FN float positions_of_warp(const Tile& tile, int warp) {
 KDOPS_FN float& warp_result(int fields, int warp, int field, int channel) {
   float* shared = reinterpret_cast<float*>(device::shared_memory());
   return shared[(warp * fields + field) * kWarpChannels + channel];
+}
+
+// All channels of a lane at once: one by one they would meet in half of the memory banks.
+KDOPS_FN void put_warp_result(int fields, int field, const float (&x)[kLaneChannels]) {
+  Pack<float, kLaneChannels> pack;
+#pragma unroll
+  for (int j = 0; j < kLaneChannels; ++j) pack.x[j] = x[j];
+  device::store_shared(&warp_result(fields, device::warp(), field, device::lane() * kLaneChannels), pack);
 }
 
 KDOPS_FN float& part(const Problem& p, const Level& level, int field, int piece, int channel) {

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <array>
 #include <map>
 #include <mutex>
@@ -14,8 +15,6 @@ namespace kdops::cuda {
 namespace {
 
 constexpr int kMaxDevices = 64;
-constexpr int kPortableCluster = 8;
-constexpr int kSharedAlways = 48 << 10;  // bytes that every kernel may have
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -36,14 +35,6 @@ Device asked(int device) {
           attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
           attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device),
           attribute(cudaDevAttrL2CacheSize, device)};
-}
-
-void allow(Kernel kernel, int shared_bytes, int cluster) {
-  const void* function = reinterpret_cast<const void*>(kernel);
-  if (shared_bytes > kSharedAlways)
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes), "shared memory");
-  if (cluster > kPortableCluster)
-    check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster size");
 }
 
 struct Configured {
@@ -72,7 +63,8 @@ int current_device() {
   return device;
 }
 
-// The driver takes microseconds to answer: each question is put once. All launches have the same number of threads.
+// The driver takes microseconds to answer: each question is put once for a device and kernel. All launches have the
+// same number of threads. `ask` must not ask for anything remembered.
 template <class Ask>
 int remembered(Kernel kernel, int shared_bytes, int cluster, Ask&& ask) {
   static std::mutex mutex;
@@ -81,6 +73,22 @@ int remembered(Kernel kernel, int shared_bytes, int cluster, Ask&& ask) {
   const std::lock_guard<std::mutex> lock(mutex);
   const auto known = answers.find(question);
   return known != answers.end() ? known->second : answers[question] = ask();
+}
+
+constexpr int kCode = -1, kAllowed = -2;  // questions without a size
+
+// The most that the device has, once: a limit that followed the size of each launch would race between host threads.
+void allow_all(Kernel kernel) {
+  const Device& device = device_limits();
+  const bool clusters = device.architecture >= 90 && code_architecture(kernel) >= 90;
+  remembered(kernel, kAllowed, 0, [&] {
+    const void* function = reinterpret_cast<const void*>(kernel);
+    check(cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block),
+          "shared memory");
+    if (clusters)
+      check(cudaFuncSetAttribute(function, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster size");
+    return 1;
+  });
 }
 
 }  // namespace
@@ -93,10 +101,18 @@ const Device& device_limits() {
   return devices[current];
 }
 
+int code_architecture(Kernel kernel) {
+  return remembered(kernel, kCode, 0, [&] {
+    cudaFuncAttributes attributes{};
+    check(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel)), "cudaFuncGetAttributes");
+    return std::min(attributes.ptxVersion, attributes.binaryVersion);
+  });
+}
+
 int resident_blocks(Kernel kernel, int threads, int shared_bytes) {
   if (shared_bytes > device_limits().shared_per_block) return 0;
+  allow_all(kernel);
   return remembered(kernel, shared_bytes, 0, [&] {
-    allow(kernel, shared_bytes, 1);
     int blocks = 0;
     check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, threads, shared_bytes), "occupancy");
     return blocks;
@@ -105,8 +121,8 @@ int resident_blocks(Kernel kernel, int threads, int shared_bytes) {
 
 int resident_clusters(Kernel kernel, const Launch& launch) {
   if (device_limits().architecture < 90 || launch.shared_bytes > device_limits().shared_per_block) return 0;
+  allow_all(kernel);
   return remembered(kernel, launch.shared_bytes, launch.cluster, [&] {
-    allow(kernel, launch.shared_bytes, launch.cluster);
     Configured configured(launch, nullptr);
     int clusters = 0;
     if (cudaOccupancyMaxActiveClusters(&clusters, reinterpret_cast<const void*>(kernel), &configured.config) !=
@@ -119,9 +135,15 @@ int resident_clusters(Kernel kernel, const Launch& launch) {
 }
 
 void run(Kernel kernel, const Launch& launch, const Problem& problem, void* stream) {
-  allow(kernel, launch.shared_bytes, launch.cluster);
+  allow_all(kernel);
   Configured configured(launch, stream);
-  check(cudaLaunchKernelEx(&configured.config, kernel, problem), "launch");
+  const cudaError_t error = cudaLaunchKernelEx(&configured.config, kernel, problem);
+  if (error == cudaErrorCooperativeLaunchTooLarge) {
+    cudaGetLastError();
+    throw std::invalid_argument("the device has no room now for " + std::to_string(launch.blocks) +
+                                " blocks that wait for one another (a share of it under MPS or a green context?)");
+  }
+  check(error, "launch");
 }
 
 }  // namespace kdops::cuda

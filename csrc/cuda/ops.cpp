@@ -134,6 +134,9 @@ std::vector<at::Tensor> backward(const at::Tensor& grad_output, at::TensorList s
   Call call(student, teacher, options, path, true);
   prepare<Loss>(call, options);
   Problem& p = call.problem;
+  TORCH_CHECK(stats.dim() == 2 && stats.size(0) == Loss::kStats && stats.size(1) == p.rows && stats.is_contiguous(),
+              Loss::kName, ": stats must be contiguous and of shape (", Loss::kStats, ", ", p.rows, "), got ",
+              stats.sizes());
   p.stats = stats.data_ptr<float>();
   p.grad_output = grad_output.data_ptr<float>();
   p.grad_output_stride = grad_output.dim() ? grad_output.stride(0) : 0;
@@ -147,13 +150,14 @@ std::vector<at::Tensor> backward(const at::Tensor& grad_output, at::TensorList s
   return std::move(call.grads);
 }
 
-// Refusals come as one kind of error that names the operator and the path.
+// Refusals come as one kind of error, NotImplementedError in Python, that names the operator and the path: whoever
+// chose the path may then try another.
 template <class Loss, class Work>
 auto named(int64_t path, Work&& work) {
   try {
     return work(static_cast<Path>(path));
   } catch (const std::invalid_argument& refused) {
-    TORCH_CHECK(false, Loss::kName, ": path ", path, " cannot take this call: ", refused.what());
+    TORCH_CHECK_NOT_IMPLEMENTED(false, Loss::kName, ": path ", path, " cannot take this call: ", refused.what());
   }
 }
 

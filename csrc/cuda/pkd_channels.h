@@ -9,7 +9,7 @@
 
 namespace kdops::cuda {
 
-enum PkdValue { kPkdAlpha, kPkdBeta, kPkdCentreS, kPkdCentreT };
+enum PkdValue { kPkdAlpha, kPkdBeta, kPkdCentreS, kPkdCentreT, kPkdRest };
 constexpr int kPkdImages = 0;
 
 template <bool kOnChip, class T>
@@ -28,7 +28,7 @@ KDOPS_FN void write_affine(const Piece<T>& piece, const AffineInputs& a) {
 template <class T, bool kOnChip>
 class PkdChannel {
  public:
-  KDOPS_FN PkdChannel(const Problem& p) : p_(p), group_(p, kPkdImages, kPkdParts) {}
+  KDOPS_FN PkdChannel(const Problem& p) : p_(p), group_(p, kPkdImages, kCoMoments) {}
 
   KDOPS_FN void run() {
     for (int unit = group_.first_unit(); unit < p_.units; unit += group_.unit_step()) {
@@ -37,7 +37,7 @@ class PkdChannel {
       const int c = unit - level.first_unit;
       group_.template stage<T>(level, c);
       moments(level, c);
-      group_.share(0, kPkdParts, true);
+      group_.share(0, kCoMoments, true);
       finish(level, c);
       if (p_.want_grads) gradients(level, c);
     }
@@ -57,32 +57,27 @@ class PkdChannel {
         lane.template add<V>(s, t, count == 0);
         count += V;
       });
-      const CoMoments m = warp_merged(lane.moments(count));
+      float values[kCoMoments];
+      values_of(warp_merged(lane.moments(count)), values);
       if (device::lane() == 0) {
-        group_.put(kPartMeanOfS, local, index, m.mean_s);
-        group_.put(kPartMeanOfT, local, index, m.mean_t);
-        group_.put(kPartSumSS, local, index, m.ss);
-        group_.put(kPartSumTT, local, index, m.tt);
-        group_.put(kPartSumST, local, index, m.st);
+#pragma unroll
+        for (int f = 0; f < kCoMoments; ++f) group_.put(f, local, index, values[f]);
       }
     });
   }
 
   KDOPS_FN void finish(const Level& level, int c) const {
     if (device::warp() == 0) {
-      CoMoments all = {0, 0, 0, 0, 0, 0};
-      for (int i = device::lane(); i < group_.pieces(); i += kLanes) {
-        all = merged(all, {static_cast<float>(length_of(level, i)), group_.get(kPartMeanOfS, i),
-                           group_.get(kPartMeanOfT, i), group_.get(kPartSumSS, i), group_.get(kPartSumTT, i),
-                           group_.get(kPartSumST, i)});
-      }
+      CoMoments all{};
+      for (int i = device::lane(); i < group_.pieces(); i += kLanes)
+        all = merged(all, comoments_from(length_of(level, i), [&](int f) { return group_.get(f, i); }));
       all = warp_merged(all);
       if (device::lane() == 0) {
         const PkdChannelStats stats = pkd_stats(p_, all);
         const AffineInputs affine = pkd_affine(stats, level.grad_scale);
         float* channel = group_.channel();
         channel[kPkdAlpha] = affine.alpha, channel[kPkdBeta] = affine.beta;
-        channel[kPkdCentreS] = affine.mean_s, channel[kPkdCentreT] = affine.mean_t;
+        channel[kPkdCentreS] = affine.mean_s, channel[kPkdCentreT] = affine.mean_t, channel[kPkdRest] = affine.rest;
         if (group_.is_first()) write_pkd_channel(p_, level, c, stats);
       }
     }
@@ -91,7 +86,8 @@ class PkdChannel {
 
   KDOPS_FN void gradients(const Level& level, int c) const {
     const float* channel = group_.channel();
-    const AffineInputs affine = {channel[kPkdAlpha], channel[kPkdBeta], channel[kPkdCentreS], channel[kPkdCentreT]};
+    const AffineInputs affine = {channel[kPkdAlpha], channel[kPkdBeta], channel[kPkdCentreS], channel[kPkdCentreT],
+                                 channel[kPkdRest]};
     group_.each_piece([&](int local, int index) {
       write_affine<kOnChip>(group_.template piece<T>(level, c, local, index), affine);
     });
@@ -102,13 +98,13 @@ class PkdChannel {
 };
 
 template <class T, bool kOnChip>
-KDOPS_KERNEL(kThreads, 3) pkd_channels(KDOPS_PARAMETER Problem p) {
+KDOPS_KERNEL(kThreads, kChannelBlocks) pkd_channels(KDOPS_PARAMETER Problem p) {
   PkdChannel<T, kOnChip>(p).run();
 }
 
 // The gradient from saved statistics: one pass. A warp takes one piece of a row.
 template <class T>
-KDOPS_KERNEL(kThreads, 3) pkd_backward(KDOPS_PARAMETER Problem p) {
+KDOPS_KERNEL(kThreads, kChannelBlocks) pkd_backward(KDOPS_PARAMETER Problem p) {
   const int unit = device::block() / p.group, part = device::block() % p.group;
   const Level& level = level_of(p, unit);
   const int c = unit - level.first_unit, step = p.group * device::warps();

@@ -6,7 +6,7 @@ namespace {
 
 template <class T>
 LaneKernels pkd_lane_kernels_of() {
-  return {pkd_lane_moments<T>, pkd_lane_merge, nullptr, nullptr, pkd_lane_gradient<T>, kPkdParts, kPkdParts + 1};
+  return {pkd_lane_moments<T>, pkd_lane_merge, nullptr, nullptr, pkd_lane_gradient<T>, kCoMoments, kCoMoments + 1};
 }
 
 }  // namespace

@@ -23,49 +23,46 @@ KDOPS_KERNEL(kThreads, 4) pkd_lane_moments(KDOPS_PARAMETER Problem p) {
     }
     count += 1;
   });
+  float values[kLaneChannels][kCoMoments];
 #pragma unroll
-  for (int j = 0; j < kLaneChannels; ++j) {
-    const CoMoments m = lane[j].moments(count);
-    const float values[kPkdParts] = {m.mean_s, m.mean_t, m.ss, m.tt, m.st};
+  for (int j = 0; j < kLaneChannels; ++j) values_of(lane[j].moments(count), values[j]);
 #pragma unroll
-    for (int f = 0; f < kPkdParts; ++f)
-      warp_result(kPkdParts, device::warp(), f, device::lane() * kLaneChannels + j) = values[f];
-  }
+  for (int f = 0; f < kCoMoments; ++f) put_warp_result(kCoMoments, f, {values[0][f], values[1][f]});
   device::sync_block();
   const int c = device::thread(), channel = tile.channel - device::lane() * kLaneChannels + c;
   if (c >= kWarpChannels || channel >= level.channels) return;
-  CoMoments all = {0, 0, 0, 0, 0, 0};
-  for (int w = 0; w < kBlockWarps; ++w) {
-    const auto value = [&](int field) { return warp_result(kPkdParts, w, field, c); };
-    all = merged(all, {positions_of_warp(tile, w), value(kPartMeanOfS), value(kPartMeanOfT), value(kPartSumSS),
-                       value(kPartSumTT), value(kPartSumST)});
-  }
-  const float values[kPkdParts] = {all.mean_s, all.mean_t, all.ss, all.tt, all.st};
+  CoMoments all{};
+  for (int w = 0; w < kBlockWarps; ++w)
+    all = merged(all, comoments_from(positions_of_warp(tile, w), [&](int f) {
+                   return warp_result(kCoMoments, w, f, c);
+                 }));
+  float merged_values[kCoMoments];
+  values_of(all, merged_values);
 #pragma unroll
-  for (int f = 0; f < kPkdParts; ++f) part(p, level, f, tile.piece, channel) = values[f];
+  for (int f = 0; f < kCoMoments; ++f) part(p, level, f, tile.piece, channel) = merged_values[f];
 }
 
 // 32 channels of a level for each block: a lane has one, the warps share its pieces. `group` blocks serve a level.
 KDOPS_KERNEL(kThreads, 2) pkd_lane_merge(KDOPS_PARAMETER Problem p) {
+  constexpr int kFields = kCoMoments + 1;  // the count first
   const Level& level = p.level[device::block() / p.group];
   const int c = device::block() % p.group * kLanes + device::lane(), lane = device::lane();
   if (device::block() % p.group * kLanes >= level.channels) return;
-  CoMoments all = {0, 0, 0, 0, 0, 0};
-  for (int i = device::warp(); c < level.channels && i < level.batch * level.splits; i += kBlockWarps) {
-    const auto value = [&](int field) { return part(p, level, field, i, c); };
-    all = merged(all, {static_cast<float>(length_of(level, i)), value(kPartMeanOfS), value(kPartMeanOfT),
-                       value(kPartSumSS), value(kPartSumTT), value(kPartSumST)});
-  }
-  const float values[6] = {all.count, all.mean_s, all.mean_t, all.ss, all.tt, all.st};
+  CoMoments all{};
+  for (int i = device::warp(); c < level.channels && i < level.batch * level.splits; i += kBlockWarps)
+    all = merged(all, comoments_from(length_of(level, i), [&](int f) { return part(p, level, f, i, c); }));
+  float values[kCoMoments];
+  values_of(all, values);
+  warp_result(kFields, device::warp(), 0, lane) = all.count;
 #pragma unroll
-  for (int f = 0; f < 6; ++f) warp_result(6, device::warp(), f, lane) = values[f];
+  for (int f = 0; f < kCoMoments; ++f) warp_result(kFields, device::warp(), 1 + f, lane) = values[f];
   device::sync_block();
   if (device::warp() > 0 || c >= level.channels) return;
-  all = {0, 0, 0, 0, 0, 0};
-  for (int w = 0; w < kBlockWarps; ++w) {
-    const auto value = [&](int field) { return warp_result(6, w, field, lane); };
-    all = merged(all, {value(0), value(1), value(2), value(3), value(4), value(5)});
-  }
+  all = {};
+  for (int w = 0; w < kBlockWarps; ++w)
+    all = merged(all, comoments_from(warp_result(kFields, w, 0, lane), [&](int f) {
+                   return warp_result(kFields, w, 1 + f, lane);
+                 }));
   write_pkd_channel(p, level, c, pkd_stats(p, all));
 }
 

@@ -6,7 +6,7 @@ namespace {
 
 template <class T>
 LossKernels pkd_kernels_of() {
-  return {pkd_channels<T, true>, pkd_channels<T, false>, pkd_backward<T>, {kPkdImages, kPkdParts}, sizeof(T)};
+  return {pkd_channels<T, true>, pkd_channels<T, false>, pkd_backward<T>, {kPkdImages, kCoMoments}, sizeof(T)};
 }
 
 }  // namespace

@@ -12,9 +12,16 @@ namespace {
 constexpr int kWarps = kThreads / kLanes;
 constexpr int kMostPieces = 512;      // of a channel, so that their table stays small
 constexpr int kPieceOverhead = 3;     // of a piece, in steps of a warp: reductions and prologues
-constexpr int kResidentInWaves = 3;   // blocks of a multiprocessor, by their registers
 constexpr int kReservedShared = 1024;  // bytes that the system takes from each block
-constexpr double kShareOfL2 = 0.45;   // for maps that are to be found there again; gradients pass through the rest
+// For maps that are to be found in the L2 cache again: half of it may hold what the other half holds too, since large
+// GPUs have two partitions, and gradients pass through half of the rest.
+constexpr double kShareOfL2 = 0.22;
+// One multiprocessor in so many is left to others by a launch whose blocks wait for one another: it starts only once
+// all of them have a place, while NCCL's kernels, say, keep theirs until every rank has come. Where others hold more,
+// the launch waits for them, and whatever is behind it in its stream does; ranks that wait for one another's
+// collectives in different orders could then wait for ever. A launch that can never have room is refused by the driver
+// (see run).
+constexpr int kLeftToOthers = 8;
 
 [[noreturn]] void refuse(const std::string& reason) { throw std::invalid_argument(reason); }
 
@@ -71,6 +78,10 @@ Launch plan_block(Problem& p, const LossKernels& kernels) {
 Launch plan_cluster(Problem& p, const LossKernels& kernels) {
   const Device& device = device_limits();
   if (device.architecture < 90) refuse("thread-block clusters need compute capability 9.0");
+  const int code = code_architecture(kernels.on_chip);
+  if (code < 90)
+    refuse("thread-block clusters need code for compute capability 9.0, these kernels were compiled for " +
+           std::to_string(code / 10) + "." + std::to_string(code % 10));
   const int half = device.shared_per_multiprocessor / 2 - kReservedShared;
   for (const int limit : {half, device.shared_per_block}) {
     for (const int cluster : {2, 4, 8, 16}) {
@@ -95,9 +106,11 @@ Launch plan_waves(Problem& p, const LossKernels& kernels) {
     p.level[i].splits = std::max(1, kMostPieces / level.batch);  // for the largest table that may come
   }
   const int bytes = shared_bytes(p, kernels, false);
-  const int resident = std::min(kResidentInWaves, resident_blocks(kernels.in_waves, kThreads, bytes));
+  const int resident = std::min(kChannelBlocks, resident_blocks(kernels.in_waves, kThreads, bytes));
   if (resident == 0) refuse("the table of a channel's images does not fit on chip");
-  const int blocks = resident * device.multiprocessors;
+  const int multiprocessors = device.multiprocessors - ceil_div(device.multiprocessors, kLeftToOthers);
+  if (multiprocessors == 0) refuse("a device of one multiprocessor has none to spare");
+  const int blocks = resident * multiprocessors;
   const int64_t in_cache = static_cast<int64_t>(kShareOfL2 * device.l2_bytes) / channel_bytes;
   const int groups = static_cast<int>(std::clamp<int64_t>(in_cache, 1, std::min(p.units, blocks)));
   const int group = std::min(blocks / groups, most_blocks);

@@ -8,6 +8,7 @@ namespace kdops::cuda {
 constexpr int kMaxLevels = 8;
 constexpr int kLanes = 32;
 constexpr int kThreads = 256;  // of a block
+constexpr int kChannelBlocks = 3;  // of paths 1 to 3 that a multiprocessor is to hold at once: 80 registers a thread
 
 enum Norm : int { kNoNorm = 0, kBatchNorm = 1, kPkdNorm = 2 };
 enum Path : int { kBlock = 1, kCluster = 2, kWaves = 3, kChannelsLast = 4 };
@@ -57,8 +58,9 @@ struct Problem {
 };
 
 // Fields of the statistics that the backward gets; the operators' schemas fix them.
-enum CwdStat { kCwdMeanS, kCwdRS, kCwdRT, kCwdQS, kCwdMaxS, kCwdMaxT, kCwdZS, kCwdZT, kCwdDot, kCwdStats };
-enum PkdStat { kPkdMeanS, kPkdRS, kPkdMeanT, kPkdRT, kPkdQS, kPkdDot, kPkdStats };
+// A mean is kept as two numbers, the second (LO) the rest of the first.
+enum CwdStat { kCwdMeanS, kCwdRS, kCwdRT, kCwdQS, kCwdMaxS, kCwdMaxT, kCwdZS, kCwdZT, kCwdDot, kCwdMeanSLo, kCwdStats };
+enum PkdStat { kPkdMeanS, kPkdRS, kPkdMeanT, kPkdRT, kPkdQS, kPkdDot, kPkdMeanSLo, kPkdMeanTLo, kPkdStats };
 
 // Elements that one lane reads at once: 16 bytes.
 template <class T>

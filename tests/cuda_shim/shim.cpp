@@ -1,4 +1,5 @@
 // Fibers for the host shim, and the launches and limits of a made-up device.
+#include <algorithm>
 #include <csetjmp>
 #include <cstdlib>
 #include <memory>
@@ -71,6 +72,9 @@ struct Fiber {
 
 struct Machine {
   Device limits{90, 4, 227 << 10, 228 << 10, 50 << 20};
+  int code = 90;  // architecture that the kernels were compiled for
+  int busy = 0;   // multiprocessors that others hold
+  bool plan_only = false;
   unsigned seed = 0;  // 0: first come, first served; odd: a random order; even: some blocks run far ahead
   int64_t loaded = 0, stored = 0;
   std::string last_launch;
@@ -326,11 +330,13 @@ void count_store(int bytes) { machine.stored += bytes; }
 
 // ---- what the host side asks for ------------------------------------------------------------------------------------
 const Device& device_limits() { return machine.limits; }
+int code_architecture(Kernel) { return machine.code; }
 
 int resident_blocks(Kernel, int threads, int shared_bytes) {
   const Device& d = machine.limits;
   if (shared_bytes > d.shared_per_block) return 0;
-  return std::min(2048 / threads, d.shared_per_multiprocessor / (shared_bytes + 1024));
+  // Only kernels of whole channels are asked for; their registers follow from their launch bounds.
+  return std::min({2048 / threads, kChannelBlocks, d.shared_per_multiprocessor / (shared_bytes + 1024)});
 }
 
 int resident_clusters(Kernel kernel, const Launch& launch) {
@@ -345,20 +351,25 @@ void run(Kernel kernel, const Launch& launch, const Problem& problem, void*) {
   machine.last_launch += std::to_string(launch.blocks) + "," + std::to_string(launch.cluster) + "," +
                          std::to_string(launch.cooperative) + "," + std::to_string(launch.shared_bytes) + ";";
   const int together = launch.cooperative ? launch.blocks : launch.cluster;
-  if (launch.cooperative &&
-      launch.blocks > machine.limits.multiprocessors * resident_blocks(kernel, launch.threads, launch.shared_bytes))
+  const int each = launch.cooperative ? resident_blocks(kernel, launch.threads, launch.shared_bytes) : 0;
+  if (launch.cooperative && launch.blocks > each * machine.limits.multiprocessors)
     throw std::runtime_error("host shim: a cooperative launch of more blocks than the device holds");
-  if (machine.launcher) return run_elsewhere(kernel, launch, problem);
-  for (int b = 0; b < launch.blocks; b += together) run_together(b, b + together);
+  if (launch.cooperative && launch.blocks > each * (machine.limits.multiprocessors - machine.busy))
+    throw std::invalid_argument("host shim: no room for a cooperative launch");
+  if (machine.launcher && !machine.plan_only) return run_elsewhere(kernel, launch, problem);
+  for (int b = 0; b < launch.blocks && !machine.plan_only; b += together) run_together(b, b + together);
 }
 
 }  // namespace kdops::cuda
 
 extern "C" {
 #define KDOPS_SHIM_EXPORT __attribute__((visibility("default")))
-KDOPS_SHIM_EXPORT void shim_set_device(int architecture, int multiprocessors, int shared_bytes, int l2_bytes) {
+KDOPS_SHIM_EXPORT void shim_set_device(int architecture, int multiprocessors, int shared_bytes, int l2_bytes, int code,
+                                       int busy) {
   kdops::cuda::machine.limits = {architecture, multiprocessors, shared_bytes, shared_bytes + 1024, l2_bytes};
+  kdops::cuda::machine.code = code, kdops::cuda::machine.busy = busy;
 }
+KDOPS_SHIM_EXPORT void shim_plan_only(int wanted) { kdops::cuda::machine.plan_only = wanted; }
 KDOPS_SHIM_EXPORT void shim_set_order(unsigned seed) { kdops::cuda::machine.seed = seed; }
 KDOPS_SHIM_EXPORT void shim_reset() {
   kdops::cuda::machine.loaded = kdops::cuda::machine.stored = 0;

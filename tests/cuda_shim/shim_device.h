@@ -54,6 +54,11 @@ inline Values load_shared(const void* p) {
   return copied<Values>(p);
 }
 template <class Values>
+inline void store_shared(void* p, const Values& v) {
+  check_shared(p, sizeof(Values));
+  std::memcpy(p, &v, sizeof(v));
+}
+template <class Values>
 inline Values load_global(const void* p) {
   check_alignment(p, sizeof(Values));
   count_load(sizeof(Values));
@@ -67,7 +72,8 @@ inline void store_global(void* p, const Values& v) {
 }
 
 inline float exp2(float x) { return std::exp2(x); }
-inline float divide(float a, float b) { return a / b; }
+// As div.approx is documented: n / n may be less than 1.
+inline float divide(float a, float b) { return a * (1.0f / b); }
 
 inline float widen(float x) { return x; }
 inline float widen(BFloat16 x) { return float_from_bits(static_cast<uint32_t>(x.bits) << 16); }
