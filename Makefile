@@ -12,7 +12,6 @@ MMVENV := .venv-openmmlab
 MMCV_WHEEL ?=
 # Arguments for the program behind a target: make demo ARGS="--epochs 4"
 ARGS ?=
-
 # How long make fuzz runs.
 SECONDS ?= 600
 
@@ -21,8 +20,8 @@ SECONDS ?= 600
 help:
 	@echo "make demo            distil a real detector and write a report      (ARGS=--help lists the options)"
 	@echo "make test            run the tests                                  (ARGS is given to pytest)"
-	@echo "make test-ptx        all kernels as PTX on every architecture       (ARGS=\"--architectures 90 --seeds 3\", pytest's too)"
 	@echo "make fuzz            random calls against the reference (SECONDS=600, ARGS=\"--seed 1\"); misses go to runs/fuzz"
+	@echo "make test-ptx        all kernels as PTX on every architecture       (ARGS=\"--architectures 90 --seeds 3\", pytest's too)"
 	@echo "make bench           measure, and write the CSV, the table, the plots"
 	@echo "make test-openmmlab  run the tests on MMRazor, MMYOLO and MMDetection (MMCV_WHEEL=path: a built mmcv)"
 	@echo "make lint            ruff"

@@ -356,8 +356,9 @@ void run(Kernel kernel, const Launch& launch, const Problem& problem, void*) {
     throw std::runtime_error("host shim: a cooperative launch of more blocks than the device holds");
   if (launch.cooperative && launch.blocks > each * (machine.limits.multiprocessors - machine.busy))
     throw std::invalid_argument("host shim: no room for a cooperative launch");
-  if (machine.launcher && !machine.plan_only) return run_elsewhere(kernel, launch, problem);
-  for (int b = 0; b < launch.blocks && !machine.plan_only; b += together) run_together(b, b + together);
+  if (machine.plan_only) return;
+  if (machine.launcher) return run_elsewhere(kernel, launch, problem);
+  for (int b = 0; b < launch.blocks; b += together) run_together(b, b + together);
 }
 
 }  // namespace kdops::cuda
