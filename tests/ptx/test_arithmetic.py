@@ -233,6 +233,7 @@ def test_approximate_division_at_the_ends_of_the_range():
 def test_exact_points_of_approximations():
     perturbed = Options(perturb=True, seed=3)
     x = np.float32([0.0] * 64)
+    assert np.unique(apply("rcp.approx.f32", x + 3, result=np.float32, options=perturbed)).size == 1  # equal operands
     assert (apply("ex2.approx.f32", x, result=np.float32, options=perturbed) == 1).all()
     assert (apply("lg2.approx.f32", x + 1, result=np.float32, options=perturbed) == 0).all()
     got = apply("ex2.approx.ftz.f32", np.float32([-np.inf, np.inf, np.nan, -130]), result=np.float32)

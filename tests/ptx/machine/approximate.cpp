@@ -7,10 +7,17 @@ namespace ptx {
 
 namespace {
 
-// The float nearest to y + error, an error within +-bound; never further from y than the bound.
+u64 hashed(u64 x) {  // splitmix64
+  x += 0x9e3779b97f4a7c15ull;
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+  return x ^ (x >> 31);
+}
+// The float nearest to y + error, an error within +-bound; never further from y than the bound. Equal operands have
+// equal errors, as on a GPU: lanes that compute the same must get the same.
 float off_by(Machine& m, double y, double bound) {
   if (!m.launch.perturb || !std::isfinite(y)) return static_cast<float>(y);
-  const double share = static_cast<double>(m.random() % 2001) / 1000 - 1;
+  const double share = static_cast<double>(hashed(std::bit_cast<u64>(y) ^ m.launch.seed) % 2001) / 1000 - 1;
   const float f = static_cast<float>(y + share * bound);
   return std::fabs(f - y) <= bound ? f : std::nextafterf(f, static_cast<float>(y));
 }
