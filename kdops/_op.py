@@ -185,7 +185,7 @@ def refuse_double_backward(name: str, grads: Sequence[Tensor], anchors: Sequence
 
 
 def refuse_forward_mode(name: str, inputs: Sequence[Tensor | None]) -> None:
-    """Raise where an input carries a tangent: kernels below autograd would drop it, which reads as a derivative of 0."""
+    """Raise where an input carries a tangent: kernels below autograd drop it, which reads as a derivative of 0."""
     if forward_ad._current_level < 0:  # no dual numbers anywhere
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):

@@ -57,7 +57,8 @@ def campaign(options: argparse.Namespace, lines: TextIO, backend: Backend, resiz
     """Calls until the time is over. Returns how many misses of which kind there were, and the number of calls."""
     pick, kinds, calls = random.Random(options.seed).choice, Counter(), 0
     start = time.monotonic()
-    with tqdm(total=options.seconds, unit="s", bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} s{postfix}", mininterval=1) as bar:
+    form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s{postfix}"
+    with tqdm(total=options.seconds, unit="s", bar_format=form, mininterval=1) as bar:
         while (elapsed := time.monotonic() - start) < options.seconds:
             bar.update(min(elapsed, options.seconds) - bar.n)
             bar.set_postfix(calls=calls, missed=sum(kinds.values()), refresh=False)

@@ -4,6 +4,7 @@ Nothing here imports the rest of kdops, and nothing but `kdops._op` imports this
 
 launchers       NAME_loss.py, scale.py: allocate, choose the launches, enqueue; no synchronisation anywhere
 kernels         cwd_forward.py, cwd_backward.py, pkd_kernels.py: device code of each pass, with the bytes it moves
+                cwd_rows.py: what the passes of CWD share, the statistics of a row
 tiles.py        device code that all passes share: the level table, tiles, addresses
 statistics.py   device code for means and centred sums, and for combining partial ones
 plan.py         which levels share a launch, the shape of a tile, how positions are split over programs

@@ -19,12 +19,22 @@ ln(Z_S / Z_T), whose terms stay small whatever the mean of the maps. Parts are c
 import triton
 import triton.language as tl
 
+from kdops._triton.cwd_rows import (
+    MAX_S,
+    MAX_T,
+    MEAN_S,
+    MEAN_S_LO,
+    Q_S,
+    R_S,
+    R_T,
+    close_rows,
+    row_weight,
+    store_plain,
+)
 from kdops._triton.statistics import mean_of_lanes, merge_channels, scale_of, sum_about_mean, sum_lanes, two_sum
 from kdops._triton.tiles import (
     ALIGNED,
-    C_FIELD,
     LEVEL_FIELDS,
-    N_FIELD,
     PART0,
     ROW0,
     STUDENT,
@@ -44,10 +54,6 @@ from kdops._triton.tiles import (
     unit_index,
 )
 
-# Fields of `stats`, [R] each; the first four and the last are equal in all rows of a channel.
-MEAN_S, R_S, R_T, Q_S = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
-MAX_S, MAX_T, Z_S, Z_T, DOT = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7), tl.constexpr(8)
-MEAN_S_LO = tl.constexpr(9)
 # Fields of `parts`, [total_parts] each, that cwd_moments leaves to cwd_merge: mean hi, mean lo and M2 of each map from
 # here on, then the maxima.
 _PART_S, _PART_T, _PART_MAX_S, _PART_MAX_T = tl.constexpr(0), tl.constexpr(3), tl.constexpr(6), tl.constexpr(7)
@@ -142,8 +148,9 @@ def cwd_merge(table, parts, stats, total_parts: tl.int64, total_rows: tl.int64, 
     exists = c < C
     parts += tl.load(level + PART0)
     chunk = chunk.to(tl.int64)
-    s_mean, s_lo, _, _, s_m2, t_m2, _, _ = merge_channels(parts, total_parts, _PART_S, _PART_T, c, exists, N, C, P, chunk,
-                                                          ACC, False, CHANNELS, ENTRIES)  # fmt: skip
+    s_mean, s_lo, _, _, s_m2, t_m2, _, _ = merge_channels(
+        parts, total_parts, _PART_S, _PART_T, c, exists, N, C, P, chunk, ACC, False, CHANNELS, ENTRIES
+    )
     count = (P * N).to(ACC)
     s_r, s_q = scale_of(s_m2, count, as_double(eps).to(ACC), NORM)
     t_r, t_q = scale_of(t_m2, count, as_double(eps).to(ACC), NORM)
@@ -167,39 +174,6 @@ def cwd_merge(table, parts, stats, total_parts: tl.int64, total_rows: tl.int64, 
         tl.store(out + total_rows * Q_S, s_q + zero, mask=mask)
         tl.store(out + total_rows * MAX_S, s_max, mask=mask)
         tl.store(out + total_rows * MAX_T, t_max, mask=mask)
-
-
-@triton.jit
-def row_weight(level, weight, tau, ACC: tl.constexpr, MEAN: tl.constexpr, POWER: tl.constexpr):
-    """loss_weight * tau^POWER, over N*C for the mean."""
-    scale = as_double(weight) * as_double(tau)
-    if POWER == 2:
-        scale *= as_double(tau)
-    if MEAN:
-        scale /= (tl.load(level + N_FIELD) * tl.load(level + C_FIELD)).to(tl.float64)
-    return scale.to(ACC)
-
-
-@triton.jit
-def _log_ratio(z_s, z_t, gap):
-    """ln(z_s / z_t) where gap is z_s - z_t, known better than its parts: the device's logarithm is only absolutely
-    exact next to 1."""
-    x = gap / (z_s + z_t)
-    y = x * x
-    near = 2.0 * x * (1.0 + y * (1.0 / 3 + y * (1.0 / 5 + y * (1.0 / 7 + y * (1.0 / 9)))))
-    if x.dtype == tl.float64:
-        return tl.log(z_s / z_t)
-    else:
-        return tl.where(tl.abs(x) < 0.125, near, tl.log(z_s / z_t))
-
-
-@triton.jit
-def _close_rows(stat, losses, total_rows, mask, z_s, z_t, gap, divergence, dot, weight):
-    """Stores what the second pass adds to the statistics, and the weighted loss of the rows."""
-    tl.store(stat + total_rows * Z_S, z_s, mask=mask)
-    tl.store(stat + total_rows * Z_T, z_t, mask=mask)
-    tl.store(stat + total_rows * DOT, dot, mask=mask)
-    tl.store(losses, weight * (divergence + _log_ratio(z_s, z_t, gap)), mask=mask)
 
 
 @triton.jit
@@ -260,7 +234,7 @@ def _sums(level, unit, stats, losses, parts, total_rows, total_parts, chunk, wei
         tl.store(out + total_parts * 4, divergence, mask=exists)
         tl.store(out + total_parts * 5, gap, mask=exists)
     else:
-        _close_rows(stat, losses + row, total_rows, exists, z_s, z_t, gap, divergence / z_t, ss / z_s - st / z_t,
+        close_rows(stat, losses + row, total_rows, exists, z_s, z_t, gap, divergence / z_t, ss / z_s - st / z_t,
                     row_weight(level, weight, tau, ACC, MEAN, 2))  # fmt: skip
 
 
@@ -278,19 +252,6 @@ def cwd_sums(table, stats, losses, parts, total_rows: tl.int64, total_parts: tl.
             _sums(level, unit, stats, losses, parts, total_rows, total_parts, chunk, weight, tau, S_TYPE, T_TYPE, ACC,
                   S_MODE, T_MODE, ORDER, 1 if unaligned else VEC, UNIT_VEC, WIDE, ROWS, POSITIONS, SPLIT,
                   MEAN)  # fmt: skip
-
-
-@triton.jit
-def _store_plain(stat, total_rows, mask, s_max, t_max):
-    """The statistics that mean "no normalisation", and the maxima."""
-    one = s_max * 0 + 1
-    tl.store(stat + total_rows * MEAN_S, tl.zeros_like(one), mask=mask)
-    tl.store(stat + total_rows * MEAN_S_LO, tl.zeros_like(one), mask=mask)
-    tl.store(stat + total_rows * R_S, tl.full(one.shape, 1.0, one.dtype), mask=mask)
-    tl.store(stat + total_rows * R_T, tl.full(one.shape, 1.0, one.dtype), mask=mask)
-    tl.store(stat + total_rows * Q_S, tl.zeros_like(one), mask=mask)
-    tl.store(stat + total_rows * MAX_S, s_max, mask=mask)
-    tl.store(stat + total_rows * MAX_T, t_max, mask=mask)
 
 
 @triton.jit
@@ -348,9 +309,9 @@ def _online(level, stats, losses, parts, total_rows, total_parts, chunk, weight,
         tl.store(out + total_parts * 5, t_ref - s_ref, mask=exists)
     else:
         row = tl.load(level + ROW0) + tl.expand_dims(n.to(tl.int64) * C + c, 1)
-        _store_plain(stats + row, total_rows, exists, s_top, t_top)
+        store_plain(stats + row, total_rows, exists, s_top, t_top)
         divergence = k * (difference / z_t - ((t_top - t_ref) - (s_top - s_ref)))
-        _close_rows(stats + row, losses + row, total_rows, exists, z_s, z_t, z_s - z_t, divergence, tl.zeros_like(z_s),
+        close_rows(stats + row, losses + row, total_rows, exists, z_s, z_t, z_s - z_t, divergence, tl.zeros_like(z_s),
                     row_weight(level, weight, tau, ACC, MEAN, 2))  # fmt: skip
 
 
@@ -397,7 +358,7 @@ def cwd_finish(table, stats, losses, parts, total_rows: tl.int64, total_parts: t
             st += tl.load(part + total_parts * 3, mask=exists, other=0.0)
             divergence += tl.load(part + total_parts * 4, mask=exists, other=0.0)
             gap += tl.load(part + total_parts * 5, mask=exists, other=0.0)
-        _close_rows(stats + row, losses + row, total_rows, exists, z_s, z_t, gap, divergence / z_t, ss / z_s - st / z_t,
+        close_rows(stats + row, losses + row, total_rows, exists, z_s, z_t, gap, divergence / z_t, ss / z_s - st / z_t,
                     scale)  # fmt: skip
     else:
         k = (1.0 / as_double(tau)).to(ACC)
@@ -415,6 +376,6 @@ def cwd_finish(table, stats, losses, parts, total_rows: tl.int64, total_parts: t
             z_t += t_part * tl.load(part + total_parts, mask=exists, other=1.0)
             divergence += t_part * tl.load(part + total_parts * 4, mask=exists, other=0.0)
         offset = (t_max - s_max) - tl.load(parts + total_parts * 5, mask=exists, other=0.0)
-        _store_plain(stats + row, total_rows, exists, s_max, t_max)
-        _close_rows(stats + row, losses + row, total_rows, exists, z_s, z_t, z_s - z_t, k * (divergence / z_t - offset),
+        store_plain(stats + row, total_rows, exists, s_max, t_max)
+        close_rows(stats + row, losses + row, total_rows, exists, z_s, z_t, z_s - z_t, k * (divergence / z_t - offset),
                     tl.zeros_like(z_s), scale)  # fmt: skip

@@ -140,8 +140,9 @@ def pkd_merge(table, parts, stats, losses, total_parts: tl.int64, total_channels
     exists = c < C
     parts += tl.load(level + PART0)
     chunk = chunk.to(tl.int64)
-    s_mean, s_lo, t_mean, t_lo, ss, tt, st, dd = merge_channels(parts, total_parts, _PART_S, _PART_T, c, exists, N, C, P,
-                                                                chunk, ACC, True, CHANNELS, ENTRIES)  # fmt: skip
+    s_mean, s_lo, t_mean, t_lo, ss, tt, st, dd = merge_channels(
+        parts, total_parts, _PART_S, _PART_T, c, exists, N, C, P, chunk, ACC, True, CHANNELS, ENTRIES
+    )
     count = (P * N).to(ACC)
     s_r, s_q = scale_of(ss, count, as_double(eps).to(ACC), NORM)
     t_r, t_q = scale_of(tt, count, as_double(eps).to(ACC), NORM)
@@ -173,8 +174,8 @@ def pkd_merge(table, parts, stats, losses, total_parts: tl.int64, total_channels
 @triton.jit
 def _gradient(level, stats, go, go_stride, total_channels, chunk, weight,
               S_TYPE: tl.constexpr, T_TYPE: tl.constexpr, ACC: tl.constexpr, S_MODE: tl.constexpr,
-              T_MODE: tl.constexpr, G_MODE: tl.constexpr, ORDER: tl.constexpr, VEC: tl.constexpr, UNIT_VEC: tl.constexpr,
-              WIDE: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
+              T_MODE: tl.constexpr, G_MODE: tl.constexpr, ORDER: tl.constexpr, VEC: tl.constexpr,
+              UNIT_VEC: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, POSITIONS: tl.constexpr, MEAN: tl.constexpr):  # fmt: skip
     N, C, P = level_sizes(level)
     W = tl.load(level + W_FIELD)
     n, c, exists, split, start, stop = tile_rows(tl.program_id(0), N, C, P, chunk, ORDER, VEC, ROWS, POSITIONS)

@@ -9,8 +9,8 @@ A row is one (n, c), row = n*C + c. A tile is [ROWS, POSITIONS] of one tensor. O
 neighbouring addresses: 0 positions (NCHW), 1 channels (channels_last). A tensor's MODE has bit 0 set when its stride
 along that axis is 1 and bit 1 when h and w collapse into one stride; any other strides are read in place as well, only
 slower. VEC elements, a power of two, divide all offsets of a level that is flagged as aligned. The compiler cannot know
-that, so strides and sizes are passed through `x // VEC * VEC`, which changes no value and tells it. UNIT_VEC does the same
-for the statistics of the neighbouring channels of a channels_last tile.
+that, so strides and sizes are passed through `x // VEC * VEC`, which changes no value and tells it. UNIT_VEC does the
+same for the statistics of the neighbouring channels of a channels_last tile.
 """
 
 import triton
