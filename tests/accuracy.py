@@ -20,8 +20,8 @@ MEANS = (0.0, 1.0, 30.0, 100.0, 300.0, 1000.0)
 #: Distance of student and teacher, in standard deviations.
 DISTANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 
-#: Error of CWD's value, in units of tau^2 loss_weight, that is allowed where the value itself vanishes: on a CPU, of the
-#: GPU's kernels that normalise, and of the one that sums up a row in one pass, against a running maximum.
+#: Error of CWD's value, in units of tau^2 loss_weight, that is allowed where the value itself vanishes: on a CPU, of
+#: the GPU's kernels that normalise, and of the one that sums up a row in one pass, against a running maximum.
 FLOOR, GPU_FLOOR, ONLINE_FLOOR = 1e-9, 5e-9, 5e-8
 
 #: Losses with options: those that normalise, and all.

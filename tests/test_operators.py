@@ -36,11 +36,12 @@ def test_opcheck_forward(loss, save, reduction, layout, device):
 
 
 @pytest.mark.parametrize("loss", testing.LOSSES)
-def test_opcheck_backward(loss):
-    student, teacher, *parameters, save = arguments(loss, torch.bfloat16, Save.STATS, 0)
-    student = [s.detach() for s in student]
+@pytest.mark.parametrize("layout", ["nchw", "channels_last", "crop"])
+def test_opcheck_backward(loss, layout, device):
+    student, teacher, *parameters, save = arguments(loss, torch.bfloat16, Save.STATS, 0, layout)
+    student, teacher = [s.detach().to(device) for s in student], [t.to(device) for t in teacher]
     _, stats, _ = getattr(torch.ops.kdops, loss)(student, teacher, *parameters, save)
-    args = (torch.tensor(0.5), student, teacher, stats, *parameters)
+    args = (torch.tensor(0.5, device=device), student, teacher, stats, *parameters)
     torch.library.opcheck(getattr(torch.ops.kdops, f"{loss}_backward").default, args)
 
 

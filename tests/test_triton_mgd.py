@@ -20,7 +20,7 @@ from triton_interpreter import (  # noqa: E402
 
 from kdops import _mask, _op  # noqa: E402
 from kdops._triton import mgd_loss, mgd_mask, scale  # noqa: E402
-from kdops.testing import GRADIENT_BUDGET, VALUE_BUDGET, MGDCase, laid_out, relative_error  # noqa: E402
+from kdops.testing import GRADIENT_BUDGET, LAYOUTS, VALUE_BUDGET, MGDCase, laid_out, relative_error  # noqa: E402
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 BUDGET = {**GRADIENT_BUDGET, torch.bfloat16: BFLOAT16_BUDGET}
@@ -30,6 +30,14 @@ SIZES = ((2, 12, 13, 19), (1, 70, 5, 4), (3, 5, 1, 1), (2, 3, 1, 67))
 def maps(shape, dtype, layout="nchw", seed=0):
     generator = torch.Generator().manual_seed(seed)
     return laid_out(torch.randn(shape, generator=generator).to(DEVICE, dtype), layout)
+
+
+def guarded(shape, layout):
+    """A dense map of a layout with NaN before and behind it, and a function that returns that NaN."""
+    like = laid_out(torch.empty(shape), layout)
+    memory = torch.full((like.numel() + 512,), torch.nan, device=DEVICE)
+    out = memory[256:-256].as_strided(shape, like.stride())
+    return out, lambda: torch.cat((memory[:256], memory[-256:]))
 
 
 if not INTERPRETED:
@@ -50,7 +58,17 @@ def test_mask_equals_the_definition_in_every_bit(seed):
 
 @in_this_process
 @pytest.mark.parametrize("shape", SIZES, ids=str)
-@pytest.mark.parametrize("layouts", [("nchw", "nchw"), ("nchw", "channels_last"), ("crop", "channels_last")])
+@pytest.mark.parametrize(
+    "layouts",
+    [
+        ("nchw", "nchw"),
+        ("nchw", "channels_last"),
+        ("crop", "channels_last"),
+        ("transposed", "transposed"),
+        ("strided", "transposed"),
+        ("expanded", "nchw"),
+    ],
+)
 @pytest.mark.parametrize("on_channel", [False, True])
 def test_apply_mask(shape, layouts, on_channel):
     x = maps(shape, torch.float32, layouts[0])
@@ -60,9 +78,9 @@ def test_apply_mask(shape, layouts, on_channel):
     for b in (None, bias):
         expected = torch.where(keep, x if b is None else x + b.view(1, -1, 1, 1), 0.0)
         for given in ((None, seed), (keep, None)):
-            out = laid_out(torch.full_like(x, torch.nan), layouts[1])
+            out, around = guarded(shape, layouts[1])
             mgd_mask.mgd_apply_mask_(out, x, b, *given, threshold, on_channel)
-            assert torch.equal(out, expected)
+            assert torch.equal(out, expected) and around().isnan().all()
     mgd_mask.mgd_apply_mask_(out, out, None, None, seed, threshold, on_channel)
     assert torch.equal(out, expected)
 
@@ -170,7 +188,8 @@ def as_on_a_gpu(monkeypatch):
         for widths in ((32, 32), (6, 10))
         for lambda_mgd, on_channel in ((0.65, False), (0.3, True), (1.0, False))
         for layout, explicit in (("nchw", False), ("channels_last", True))
-    ],
+    ]
+    + [MGDCase(*widths, (2, 7, 5), layout=layout) for widths in ((8, 8), (6, 10)) for layout in LAYOUTS],
     ids=str,
 )
 def test_the_whole_step(case, as_on_a_gpu):
