@@ -72,6 +72,10 @@ def cwd_loss(
             of values per row; a list of them for a list of levels).
         backend: ``"auto"``, ``"fused"`` (raise where there is no kernel) or ``"reference"`` (eager PyTorch).
 
+    Accuracy of the fused kernels: the value is within 5e-6 of itself or, where student and teacher nearly agree and it
+    vanishes, within 1e-9 * tau^2 * loss_weight on a CPU (5e-9 on a GPU; 5e-8 there without a normalisation, which is
+    what the eager code is off). The gradient's error is that of the eager code in fp32 and does not grow with the mean.
+
     Returns:
         Tensor: float32 (float64 if an input is float64); a scalar unless ``reduction="none"``.
 

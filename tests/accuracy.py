@@ -23,6 +23,8 @@ DISTANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 #: Error of CWD's value, in units of tau^2 loss_weight, that is allowed where the value itself vanishes: on a CPU, of
 #: the GPU's kernels that normalise, and of the one that sums up a row in one pass, against a running maximum.
 FLOOR, GPU_FLOOR, ONLINE_FLOOR = 1e-9, 5e-9, 5e-8
+#: The same of PKD's value, in units of loss_weight, where the maps agree but for their scale.
+SCALED_FLOOR = 1e-7
 
 #: Losses with options: those that normalise, and all.
 NORMALISED = [(name, o) for name, (_, variants) in LOSSES.items() for o in variants if o.get("norm")]
@@ -46,11 +48,13 @@ def check_a_mean(case: Case, mean: float, run: Run, device: str = "cpu") -> None
     assert gradient.ours <= EAGER_FACTOR * unmoved.eager, (mean, gradient, unmoved)
 
 
-def check_a_distance(case: Case, distance: float, floor: float, run: Run, device: str = "cpu") -> None:
-    """Value and gradient of maps that are nearly equal. floor: `FLOOR` or `ONLINE_FLOOR`."""
+def check_a_distance(
+    case: Case, distance: float, floor: float, run: Run, device: str = "cpu", scale: float = 1.0
+) -> None:
+    """Value and gradient of maps that are nearly equal, but for a scale. floor: one of those above."""
     generator = torch.Generator().manual_seed(4)
     teacher = torch.randn(case.shapes[0], generator=generator)
-    student = teacher + distance * torch.randn(case.shapes[0], generator=generator)
+    student = scale * (teacher + distance * torch.randn(case.shapes[0], generator=generator))
     student, teacher = (laid_out(x.to(device), case.student_layout) for x in (student, teacher))
     value, gradient = _errors(case, student, teacher, run)
     allowed = floor * case.options.get("tau", 1.0) ** 2 * case.options.get("loss_weight", 1.0)

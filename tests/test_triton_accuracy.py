@@ -36,6 +36,14 @@ def test_nearly_equal_maps(loss, options, distance, layout):
 
 
 @in_this_process
+@pytest.mark.parametrize("scale", [0.5, 3.0, 100.0])
+@pytest.mark.parametrize("distance", accuracy.DISTANCES)
+def test_pkd_of_maps_that_agree_but_for_their_scale(scale, distance):
+    case = case_of("pkd_loss", {"norm": "pkd", "loss_weight": 6.0}, "nchw")
+    accuracy.check_a_distance(case, distance, accuracy.SCALED_FLOOR, value_and_gradient, DEVICE, scale)
+
+
+@in_this_process
 @pytest.mark.parametrize("layout", ["nchw", "channels_last"])
 @pytest.mark.parametrize("loss, options", accuracy.ALL, ids=str)
 def test_equal_maps_give_exactly_nothing(loss, options, layout):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ class Resources(NamedTuple):
     registers: int
     spilled: int  # bytes, stores and loads
     shared: int  # bytes
-    widest_load: int  # bytes of the widest load from global memory
+    loads: dict[int, int]  # bytes of a load from global memory: how many such loads the code has
 
 
 def nchw(n: int, c: int, h: int, w: int) -> tuple[int, int, int, int]:
@@ -91,12 +92,12 @@ def compiled(kernel: Any, constants: dict[str, Any], launch: Group, architecture
         source = ASTSource(kernel, signature, constants, AttrsDescriptor(tuple(aligned), ()))
     binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     report = _ptxas(binary.asm["ptx"])
-    widths = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.b(\d+)", binary.asm["ptx"])
+    widths = re.findall(r"\bld\.global\S*?(?:\.v(\d))?\.b(\d+)", binary.asm["ptx"])
     return Resources(
         registers=int(re.search(r"Used (\d+) registers", report).group(1)),
         spilled=sum(int(x) for x in re.findall(r"(\d+) bytes spill", report)),
         shared=binary.metadata.shared,
-        widest_load=max(int(v or 1) * int(b) // 8 for v, b in widths) if widths else 0,
+        loads=Counter(int(vector or 1) * int(bits) // 8 for vector, bits in widths),
     )
 
 
