@@ -70,9 +70,9 @@ def pkd_loss(
             Tensor[C] of values per channel, whose mean is the loss; a list of them for a list of levels).
         backend: ``"auto"``, ``"fused"`` (raise where there is no kernel) or ``"reference"`` (eager PyTorch).
 
-    Accuracy of the fused kernels: the value is within 5e-6 of itself or, where the maps agree but for their scale and it
-    vanishes, within 1e-7 * loss_weight. The gradient's error is that of the eager code in fp32 and does not grow with
-    the mean.
+    Accuracy of the fused kernels: the value is within 5e-6 of itself or, where the maps agree but for their scale and
+    it vanishes, within 1e-7 * loss_weight. The gradient's error is that of the eager code in fp32 and does not grow
+    with the mean.
 
     Returns:
         Tensor: float32 (float64 if an input is float64); a scalar unless ``reduction="none"``.

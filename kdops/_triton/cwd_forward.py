@@ -214,7 +214,7 @@ def _sums(level, unit, stats, losses, parts, total_rows, total_parts, chunk, wei
             mask = exists & inside
             s = load_tile(s_rows, first, p, mask, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC, 0.0) - s_max
             t = load_tile(t_rows, first, p, mask, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, 0.0) - t_max
-            s_log, t_log = s * s_k, t * t_k
+            s_log, t_log = tl.fma(s, s_k, 0.0), tl.fma(t, t_k, 0.0)  # rounded: their difference of equal maps is 0
             s_exp = tl.where(mask, exp_scaled(s_log), 0.0)
             t_exp = tl.where(mask, exp_scaled(t_log), 0.0)
             z_s += s_exp

@@ -15,6 +15,7 @@ MODULES = (
     *sorted(TESTS.glob("test_triton_*.py")),
     *(TESTS / "ptx" / name for name in ("test_launches.py", "test_mutations.py", "test_rounding.py")),
     TESTS / "test_cuda_paths.py",
+    TESTS / "test_cuda_precision.py",
 )
 
 

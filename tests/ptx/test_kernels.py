@@ -13,10 +13,11 @@ TRITON = (
     "test_triton_cwd.py",
     "test_triton_pkd.py",
     "test_triton_mgd.py",
+    "test_triton_accuracy.py",
     "ptx/test_launches.py",
     "ptx/test_mutations.py",
 )
-CUDA = ("test_cuda_paths.py", "ptx/test_rounding.py")
+CUDA = ("test_cuda_paths.py", "test_cuda_precision.py", "ptx/test_rounding.py")
 
 if mode.architecture is None:
 
