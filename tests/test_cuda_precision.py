@@ -8,6 +8,8 @@ import torch
 
 from kdops import testing
 
+pytestmark = pytest.mark.kernels
+
 PATHS = (host.BLOCK, host.CLUSTER, host.WAVES, host.CHANNELS_LAST)
 NORMALISED = [(loss, o) for loss, (_, variants) in testing.LOSSES.items() for o in variants if o.get("norm")]
 
@@ -129,3 +131,16 @@ def test_constant_channels(loss, options, path, width, shim):
     for value, gradient in results(shim.ops, case, student, teacher, path):
         assert testing.relative_error(value, values) <= testing.VALUE_BUDGET[torch.float32]
         assert testing.relative_error(gradient, expected) <= testing.GRADIENT_BUDGET[torch.float32]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("loss", "options"), NORMALISED, ids=options_id)
+def test_ties_have_no_gradient(loss, options, path, shim):
+    """Of maps that are equal, or constant in a channel: 1/eps makes 1e6 of what a fused product would leave."""
+    case = case_on(path, loss, options, (2, 5, 9, 11))
+    student, teacher = case.inputs()
+    with torch.no_grad():
+        student[:, 3], teacher[:, 3] = 0.1, -1.3
+        student[:, 4] = teacher[:, 4]
+    for _, gradient in results(shim.ops, case, student, teacher, path):
+        assert not gradient[:, 3:].any() and gradient[:, :3].any(), gradient[:, 3:].abs().max()

@@ -100,7 +100,7 @@ struct GradientInputs {
 };
 KDOPS_FN float gradient_of(const GradientInputs& g, float s, float t) {
   const float es = device::exp2((s - g.in.max_s) * g.in.k_s), et = device::exp2((t - g.in.max_t) * g.in.k_t);
-  return (g.a * es - g.b * et) - (g.slope * (s - g.mean) - g.rest);
+  return (device::multiply(g.a, es) - device::multiply(g.b, et)) - (g.slope * (s - g.mean) - g.rest);
 }
 
 // The statistics of a row in device memory.

@@ -155,6 +155,8 @@ KDOPS_FN float exp2(float x) {  // 2 ulp; what would be subnormal is 0
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+// A product that is not fused into a sum: a x - b y is 0 where the products are equal, fma(a, x, -(b y)) is a rounding.
+KDOPS_FN float multiply(float a, float b) { return __fmul_rn(a, b); }
 KDOPS_FN float divide(float a, float b) { return __fdividef(a, b); }  // 2 ulp, for b within 2^-126 to 2^126
 
 KDOPS_FN float widen(float x) { return x; }

@@ -24,7 +24,7 @@ struct AffineInputs {
   float alpha, beta, mean_s, mean_t, rest;
 };
 KDOPS_FN float affine_of(const AffineInputs& a, float s, float t) {
-  return (a.alpha * (s - a.mean_s) + a.rest) - a.beta * (t - a.mean_t);
+  return (device::multiply(a.alpha, s - a.mean_s) - device::multiply(a.beta, t - a.mean_t)) + a.rest;
 }
 
 // From the sums over a channel to its statistics.
@@ -53,7 +53,8 @@ KDOPS_FN PkdChannelStats pkd_stats(const Problem& p, const CoMoments& m) {
 }
 KDOPS_FN AffineInputs pkd_affine(const PkdChannelStats& c, float grad) {
   const float outer = c.r_s * grad, alpha = outer * (c.r_s - c.q_s * c.dot), beta = outer * c.r_t;
-  return {alpha, beta, c.mean_s.hi, c.mean_t.hi, beta * c.mean_t.lo - alpha * c.mean_s.lo};
+  const float rest = device::multiply(beta, c.mean_t.lo) - device::multiply(alpha, c.mean_s.lo);
+  return {alpha, beta, c.mean_s.hi, c.mean_t.hi, rest};
 }
 KDOPS_FN void write_pkd_channel(const Problem& p, const Level& level, int c, const PkdChannelStats& stats) {
   const int64_t at = level.first_channel + c;

@@ -73,6 +73,7 @@ inline void store_global(void* p, const Values& v) {
 
 inline float exp2(float x) { return std::exp2(x); }
 // As div.approx is documented: n / n may be less than 1.
+inline float multiply(float a, float b) { return a * b; }
 inline float divide(float a, float b) { return a * (1.0f / b); }
 
 inline float widen(float x) { return x; }
