@@ -1,0 +1,87 @@
+"""The lines that the README of the MMDetection integration gives, in real runs of MMDetection's tools."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mmdet
+import pytest
+import torch
+from mmdet.apis import DetInferencer
+from real_runs import (
+    TRUSTED,
+    assert_distilled,
+    command,
+    options_of_test,
+    provide_downloads,
+    readme_config,
+    smaller,
+    terms,
+    tool,
+    train,
+    write_weights,
+)
+
+PLAIN = Path(mmdet.__file__).parent / ".mim" / "configs" / "rtmdet" / "rtmdet_tiny_8xb32-300e_coco.py"
+TERM = ["distill.loss_neck.out_convs.0.conv+neck.out_convs.1.conv+neck.out_convs.2.conv"]
+
+
+@pytest.fixture(scope="module")
+def distilled(coco):
+    """The README's config for two epochs, the second without distillation, and its log of steps."""
+    config = readme_config(coco, "mmdet", 0, "readme.py")
+    write_weights(coco / "rtmdet_s.pth", "mmdet::rtmdet/rtmdet_s_8xb32-300e_coco.py")
+    provide_downloads(coco, config)
+    options = {**smaller(config, 0.25), "train_cfg.max_epochs": 2, "custom_hooks.1.switch_epoch": 1,
+               "custom_hooks.3.stop_epoch": 1, "train_dataloader.num_workers": 1}
+    return options, train(coco, "mmdet", config, "readme", options)
+
+
+def test_stops(coco, distilled):
+    _, steps = distilled
+    assert [step["epoch"] for step in steps] == [1, 1, 2, 2]
+    for step in steps[:2]:
+        assert_distilled(step, TERM)
+    assert not any(map(terms, steps[2:]))
+
+
+def test_resumes(coco, distilled):
+    options, _ = distilled
+    config = coco / "trusting_readme.py"
+    config.write_text((coco / "readme.py").read_text().replace(
+        'custom_imports = dict(imports=["kdops.integrations.mmdet"])', imports_of_readme(coco)))
+    options = {**options, "train_cfg.max_epochs": 3, "custom_hooks.3.stop_epoch": 2}
+    steps = train(coco, "mmdet", config, "resumed readme", options, "--resume", "readme/epoch_1.pth")
+    assert [(step["epoch"], bool(terms(step))) for step in steps] == [(2, True)] * 2 + [(3, False)] * 2
+
+
+def imports_of_readme(folder):
+    """The README's line for those who trust their checkpoints."""
+    line = readme_config(folder, "mmdet", 1, "line.py").read_text().strip()
+    assert line.startswith("custom_imports = ") and TRUSTED in line
+    return line
+
+
+def mean_average_precision(folder, config, weights, run):
+    output = tool(folder, "mmdet", "test.py", config, weights, "--work-dir", run, options=options_of_test(PLAIN, 0.25))
+    assert "do not match exactly" not in output, "the plain network has other keys"
+    return json.loads(next((folder / run).glob("*/*.json")).read_text())["coco/bbox_mAP"]
+
+
+def test_plain_config_tests_the_students_file_and_trusted_checkpoints(coco, distilled):
+    (coco / "trusting_plain.py").write_text(f"_base_ = '{PLAIN}'\n{imports_of_readme(coco)}\n")
+    found = {mean_average_precision(coco, PLAIN, "readme/epoch_2_student.pth", "student"),
+             mean_average_precision(coco, "trusting_plain.py", "readme/epoch_2.pth", "checkpoint")}
+    command(coco, "-m", "kdops", "student-checkpoint", "--allow-pickle", "readme/epoch_1.pth", "first.pth")
+    mean_average_precision(coco, PLAIN, "first.pth", "first")
+    assert len(found) == 1
+
+
+def test_students_file_is_enough_for_an_inferencer(coco, distilled):
+    image = coco / "data" / "coco" / "val2017" / "0.jpg"
+    command(coco, "-m", "kdops", "student-checkpoint", "--allow-pickle", "readme/epoch_2.pth", "by_command.pth")
+    for weights in ("readme/epoch_2_student.pth", "by_command.pth"):
+        assert "kdops" not in torch.load(coco / weights, weights_only=True)["meta"]["cfg"]
+        inferencer = DetInferencer(weights=str(coco / weights), device="cpu")
+        assert type(inferencer.model).__name__ == "RTMDet"
+        assert inferencer(str(image), no_save_vis=True)["predictions"]

@@ -1,0 +1,136 @@
+"""The forms that the README of the MMRazor integration recommends, in real runs of MMYOLO's and MMDetection's tools."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mmyolo
+import pytest
+import torch
+from mmdet.apis import DetInferencer
+from real_runs import (
+    INTEGRATIONS,
+    TRUSTED,
+    assert_distilled,
+    command,
+    options_of_test,
+    provide_downloads,
+    readme_config,
+    smaller,
+    terms,
+    tool,
+    train,
+    write_weights,
+)
+
+TINY = INTEGRATIONS / "mmrazor" / "configs" / "rtmdet" / "kd_tiny_rtmdet_s_neck_300e_coco.py"
+PLAIN = Path(mmyolo.__file__).parent / ".mim" / "configs" / "rtmdet" / "rtmdet_tiny_syncbn_fast_8xb32-300e_coco.py"
+TERMS = [f"distill.loss_fpn{level}" for level in range(3)]
+
+# The same base with an import alone, for what the command line adds.
+IMPORTED = """
+_base_ = "mmyolo::rtmdet/distillation/kd_tiny_rtmdet_s_neck_300e_coco.py"
+custom_imports = dict(imports=["kdops.integrations.mmrazor"])
+train_dataloader = dict(collate_fn=dict(_delete_=True, type="yolov5_collate"))
+"""
+
+
+def logged(folder, run):
+    return next((folder / run).glob("*/*.log")).read_text()
+
+
+def test_all_forms_train_alike(coco):
+    """Each form by itself, and the same losses of the same first batch from all of them."""
+    (coco / "imported.py").write_text(IMPORTED)
+    one_by_one = {f"model.distiller.distill_losses.loss_fpn{level}.type": "KDOpsChannelWiseDivergence"
+                  for level in range(3)}
+    forms = {
+        "stock": (coco / "imported.py", {}, None),
+        "names": (readme_config(coco, "mmrazor", 0, "names.py"), {}, "takes over ChannelWiseDivergence"),
+        "losses": (coco / "imported.py", one_by_one, None),
+        "distiller": (readme_config(coco, "mmrazor", 1, "distiller.py"), {}, "fused normalisation and CWD of"),
+        "option": (coco / "imported.py", {"model.distiller.type": "KDOpsDistiller"}, "fused normalisation and CWD of"),
+        "hook": (coco / "imported.py", {"default_hooks.fuse.type": "mmrazor.KDOpsFuseHook"}, "fused normalisation and"),
+    }
+    provide_downloads(coco, TINY)
+    first = {}
+    for form, (config, options, said) in forms.items():
+        seeded = {"randomness.seed": 0, "train_cfg.max_epochs": 1, **smaller(config, 0.25), **options}
+        steps = train(coco, "mmyolo", config, form, seeded)
+        assert said is None or said in logged(coco, form), form
+        assert_distilled(steps[0], TERMS)
+        first[form] = steps[0]
+    for form, step in first.items():
+        for name in (*TERMS, "loss", "student.loss_cls"):
+            assert step[name] == pytest.approx(first["stock"][name], rel=1e-4), (form, name)
+
+
+@pytest.fixture(scope="module")
+def distilled(coco):
+    """The shipped recipe for two epochs, the second without distillation, and its log of steps."""
+    provide_downloads(coco, TINY)
+    options = {**smaller(TINY, 0.25), "train_cfg.max_epochs": 2, "custom_hooks.1.switch_epoch": 1,
+               "custom_hooks.2.stop_epoch": 1, "train_dataloader.num_workers": 1}
+    return options, train(coco, "mmyolo", TINY, "chain", options)
+
+
+def test_stops(coco, distilled):
+    _, steps = distilled
+    assert [step["epoch"] for step in steps] == [1, 1, 2, 2]
+    for step in steps[:2]:
+        assert_distilled(step, TERMS)
+    assert not any(map(terms, steps[2:]))
+    names = [set(torch.load(coco / "chain" / f"epoch_{epoch}.pth", weights_only=False)["state_dict"])
+             for epoch in (1, 2)]
+    assert {name.split(".")[0] for name in names[0]} == {"architecture", "distiller"}
+    assert {name.split(".")[0] for name in names[1]} == {"architecture"}
+
+
+@pytest.mark.parametrize("epoch", [1, 2], ids=["before the stop", "behind the stop"])
+def test_resumes(coco, distilled, epoch):
+    options, _ = distilled
+    (coco / "trusting.py").write_text(
+        f"_base_ = '{TINY}'\ncustom_imports = dict(imports=['kdops.integrations.mmrazor', '{TRUSTED}'])\n")
+    run = f"resumed from {epoch}"
+    options = {**options, "train_cfg.max_epochs": 3, "custom_hooks.2.stop_epoch": 2}
+    steps = train(coco, "mmyolo", "trusting.py", run, options, "--resume", f"chain/epoch_{epoch}.pth")
+    # What has stopped stays so, though the options of this run would distil for another epoch.
+    assert [(step["epoch"], bool(terms(step))) for step in steps] == (
+        [(2, True)] * 2 + [(3, False)] * 2 if epoch == 1 else [(3, False)] * 2)
+    assert ("Distillation had been stopped when the checkpoint was written" in logged(coco, run)) == (epoch == 2)
+
+
+def test_students_file_tests_with_the_plain_config(coco, distilled):
+    command(coco, "-m", "kdops", "student-checkpoint", "--allow-pickle", "chain/epoch_2.pth", "converted.pth")
+    found = []
+    for weights in ("chain/epoch_2_student.pth", "converted.pth"):
+        output = tool(coco, "mmyolo", "test.py", PLAIN, weights, "--work-dir", f"tested {weights[:5]}",
+                      options=options_of_test(PLAIN, 0.25))
+        assert "do not match exactly" not in output, "the plain network has other keys"
+        found.append(json.loads(next((coco / f"tested {weights[:5]}").glob("*/*.json")).read_text())["coco/bbox_mAP"])
+    assert found[0] == found[1]
+
+
+def test_students_file_is_enough_for_an_inferencer(coco, distilled):
+    image = coco / "data" / "coco" / "val2017" / "0.jpg"
+    inferencer = DetInferencer(weights=str(coco / "chain" / "epoch_2_student.pth"), scope="mmyolo", device="cpu")
+    assert type(inferencer.model).__name__ == "YOLODetector"
+    assert inferencer(str(image), no_save_vis=True)["predictions"]
+
+
+MGD = """
+_base_ = "mmrazor::distill/mmdet/mgd/mgd_fpn_retina_x101_retina_r50_2x_coco.py"
+custom_imports = dict(imports=["kdops.integrations.mmrazor.stock_names"])
+"""
+
+
+def test_mmrazors_mgd_config_trains_by_mmdetections_tool(coco):
+    (coco / "mgd.py").write_text(MGD)
+    provide_downloads(coco, coco / "mgd.py")
+    write_weights(coco / "resnet50.pth", dict(type="ResNet", depth=50))
+    steps = train(coco, "mmdet", "mgd.py", "mgd", {
+        **smaller(coco / "mgd.py", 0.25), "train_cfg.max_epochs": 1,
+        "model.architecture.backbone.init_cfg.checkpoint": "resnet50.pth"})
+    assert "takes over ChannelWiseDivergence, PKDLoss, MGDLoss, MGDConnector, StopDistillHook" in logged(coco, "mgd")
+    for step in steps:
+        assert_distilled(step, [f"distill.loss_mgd_fpn{level}" for level in range(5)])
