@@ -97,6 +97,13 @@ def train(
     return steps
 
 
+def assert_tested(folder: Path, package: str, config: Any, weights: str, options: Mapping[str, Any]) -> None:
+    """Test by the package's own tool: to the end, from weights that are the config's network's and no more."""
+    output = tool(folder, package, "test.py", config, weights, "--work-dir", "tested", options=options)
+    assert f"Load checkpoint from {weights}" in output and "Epoch(test) [1/1]" in output, output[-2000:]
+    assert "do not match exactly" not in output, "the plain network has other keys"
+
+
 def options_of_test(config: Any, factor: float) -> dict[str, Any]:
     """The options for a tool that tests: as `SMALL` and `smaller`."""
     small = {name.replace("val", "test"): value for name, value in SMALL.items() if name.startswith("val_dataloader")}
