@@ -30,6 +30,7 @@ from offline import offline
 INTEGRATIONS = Path(kdops.integrations.__file__).parent
 READMES = Path(__file__).parents[2] / "integrations"
 IMAGE_SIZE = (96, 128)
+PRINTED = "printed.txt"
 TRUSTED = "kdops.integrations.mmengine.trusted_checkpoints"
 
 #: Few images and processes, and a checkpoint and a line in the log as often as possible.
@@ -88,9 +89,13 @@ def command(folder: Path, *arguments: Any) -> str:
 def train(
     folder: Path, package: str, config: Any, run: str, options: Mapping[str, Any], *arguments: Any
 ) -> list[dict]:
-    """Train by the package's own tool, in folder/run; returns what was logged of each of its steps."""
+    """Train by the package's own tool, in folder/run; returns what was logged of each of its steps.
+
+    What the tool printed is in the file PRINTED there: more than its log, which begins with the Runner.
+    """
     before = set((folder / run).glob("*/vis_data/scalars.json"))
-    tool(folder, package, "train.py", config, "--work-dir", run, *arguments, options={**SMALL, **options})
+    output = tool(folder, package, "train.py", config, "--work-dir", run, *arguments, options={**SMALL, **options})
+    (folder / run / PRINTED).write_text(output)
     (log,) = set((folder / run).glob("*/vis_data/scalars.json")) - before
     steps = [line for line in map(json.loads, log.read_text().splitlines()) if "loss" in line]
     assert steps and all(math.isfinite(value) for step in steps for value in step.values()), steps

@@ -9,6 +9,7 @@ import torch
 from mmdet.apis import DetInferencer
 from real_runs import (
     INTEGRATIONS,
+    PRINTED,
     TRUSTED,
     assert_distilled,
     assert_tested,
@@ -34,8 +35,8 @@ train_dataloader = dict(collate_fn=dict(_delete_=True, type="yolov5_collate"))
 """
 
 
-def logged(folder, run):
-    return next((folder / run).glob("*/*.log")).read_text()
+def printed(folder, run):
+    return (folder / run / PRINTED).read_text()
 
 
 def test_all_forms_train_alike(coco):
@@ -56,7 +57,7 @@ def test_all_forms_train_alike(coco):
     for form, (config, options, said) in forms.items():
         seeded = {"randomness.seed": 0, "train_cfg.max_epochs": 1, **smaller(config, 0.25), **options}
         steps = train(coco, "mmyolo", config, form, seeded)
-        assert said is None or said in logged(coco, form), form
+        assert said is None or said in printed(coco, form), form
         assert_distilled(steps[0], TERMS)
         first[form] = steps[0]
     for form, step in first.items():
@@ -96,7 +97,7 @@ def test_resumes(coco, distilled, epoch):
     # What has stopped stays so, though the options of this run would distil for another epoch.
     assert [(step["epoch"], bool(terms(step))) for step in steps] == (
         [(2, True)] * 2 + [(3, False)] * 2 if epoch == 1 else [(3, False)] * 2)
-    assert ("Distillation had been stopped when the checkpoint was written" in logged(coco, run)) == (epoch == 2)
+    assert ("Distillation had been stopped when the checkpoint was written" in printed(coco, run)) == (epoch == 2)
 
 
 def test_students_file_tests_with_the_plain_config(coco, distilled):
@@ -128,6 +129,6 @@ def test_mmrazors_mgd_config_trains_by_mmdetections_tool(coco):
     steps = train(coco, "mmdet", "mgd.py", "mgd", {
         **smaller(coco / "mgd.py", 0.25), "train_cfg.max_epochs": 1,
         "model.architecture.backbone.init_cfg.checkpoint": "resnet50.pth"})
-    assert "takes over ChannelWiseDivergence, PKDLoss, MGDLoss, MGDConnector, StopDistillHook" in logged(coco, "mgd")
+    assert "takes over ChannelWiseDivergence, PKDLoss, MGDLoss, MGDConnector, StopDistillHook" in printed(coco, "mgd")
     for step in steps:
         assert_distilled(step, [f"distill.loss_mgd_fpn{level}" for level in range(5)])
