@@ -1,4 +1,5 @@
 """The student's own config, made from the config of its distillation."""
+
 from __future__ import annotations
 
 import copy

@@ -2,6 +2,7 @@
 
 Configs find it where they look for COCO, at data/coco in the folder that the tool is run in.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -60,14 +61,23 @@ def write_coco(folder: Path, train: int = 4, val: int = 1) -> None:
                 x, y = (int(generator.integers(0, size // 2)) for size in IMAGE_SIZE[::-1])
                 w, h = (int(generator.integers(size // 4, size // 2)) for size in IMAGE_SIZE[::-1])
                 category = int(generator.integers(0, 80))
-                image[y:y + h, x:x + w] = category * 3
-                annotations.append(dict(
-                    id=len(annotations), image_id=number, category_id=category + 1, bbox=[x, y, w, h], area=w * h,
-                    iscrowd=0, segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]]))
+                image[y : y + h, x : x + w] = category * 3
+                annotations.append(
+                    dict(
+                        id=len(annotations),
+                        image_id=number,
+                        category_id=category + 1,
+                        bbox=[x, y, w, h],
+                        area=w * h,
+                        iscrowd=0,
+                        segmentation=[[x, y, x + w, y, x + w, y + h, x, y + h]],
+                    )
+                )
             cv2.imwrite(str(folder / split / f"{number}.jpg"), image)
         (folder / "annotations").mkdir(exist_ok=True)
         (folder / "annotations" / f"instances_{split}.json").write_text(
-            json.dumps(dict(images=images, annotations=annotations, categories=categories)))
+            json.dumps(dict(images=images, annotations=annotations, categories=categories))
+        )
 
 
 def tool(folder: Path, package: str, name: str, *arguments: Any, options: Mapping[str, Any] | None = None) -> str:
@@ -80,15 +90,18 @@ def tool(folder: Path, package: str, name: str, *arguments: Any, options: Mappin
 def command(folder: Path, *arguments: Any) -> str:
     """Run Python with some arguments in a folder; returns what it printed."""
     done = subprocess.run(
-        [sys.executable, *map(str, arguments)], cwd=folder, env={**os.environ, "TORCH_HOME": str(folder / "torch")},
-        capture_output=True, text=True, timeout=900)
+        [sys.executable, *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, "TORCH_HOME": str(folder / "torch")},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     assert done.returncode == 0, done.stderr[-4000:]
     return done.stdout + done.stderr
 
 
-def train(
-    folder: Path, package: str, config: Any, run: str, options: Mapping[str, Any], *arguments: Any
-) -> list[dict]:
+def train(folder: Path, package: str, config: Any, run: str, options: Mapping[str, Any], *arguments: Any) -> list[dict]:
     """Train by the package's own tool, in folder/run; returns what was logged of each of its steps.
 
     What the tool printed is in the file PRINTED there: more than its log, which begins with the Runner.
@@ -118,15 +131,18 @@ def options_of_test(config: Any, factor: float) -> dict[str, Any]:
 def smaller(config: Any, factor: float, splits: Sequence[str] = ("train", "val")) -> dict[str, str]:
     """The options that make a config's images smaller, wherever one of its pipelines has a size."""
     cfg = Config.fromfile(config)
-    pipelines = {f"{split}_dataloader.dataset.pipeline": cfg[f"{split}_dataloader"].dataset.pipeline
-                 for split in splits}
+    pipelines = {
+        f"{split}_dataloader.dataset.pipeline": cfg[f"{split}_dataloader"].dataset.pipeline for split in splits
+    }
     for number, hook in enumerate(cfg.get("custom_hooks", ()) if "train" in splits else ()):
         if "switch_pipeline" in hook:
             pipelines[f"custom_hooks.{number}.switch_pipeline"] = hook.switch_pipeline
     return {
         f"{name}.{number}.{key}": "({},{})".format(*(int(size * factor) for size in transform[key]))
-        for name, pipeline in pipelines.items() for number, transform in enumerate(pipeline)
-        for key in ("img_scale", "scale", "crop_size", "size") if key in transform
+        for name, pipeline in pipelines.items()
+        for number, transform in enumerate(pipeline)
+        for key in ("img_scale", "scale", "crop_size", "size")
+        if key in transform
     }
 
 

@@ -3,6 +3,7 @@
 The options are what a user sets: the batch, the workers, the length, smaller images. Weights that would be downloaded
 are random ones where mmengine keeps its downloads; only torchvision's, which need torchvision, are named as a file.
 """
+
 from __future__ import annotations
 
 import shutil
@@ -73,4 +74,6 @@ def test_all_are_here():
     assert len(MMRAZOR) == 4 and len(RTMDET) == 4
     shipped = (INTEGRATIONS / "mmdet" / "configs").glob("*/*.py")
     assert {path.relative_to(INTEGRATIONS / "mmdet" / "configs").as_posix() for path in shipped} == {
-        *RESNET, *(f"rtmdet/{path.name}" for path in RTMDET)}
+        *RESNET,
+        *(f"rtmdet/{path.name}" for path in RTMDET),
+    }

@@ -1,4 +1,5 @@
 """The student's own config, made from the configs of its distillation, builds the plain network and no more."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -57,12 +58,17 @@ def test_shipped_configs_have_their_plain_students(path):
 
 
 def test_what_else_belongs_to_distillation_goes():
-    cfg = Config(dict(
-        model=dict(type="KDOpsDistilledDetector", student=dict(type="RetinaNet"), data_preprocessor=dict(type="Mine")),
-        custom_imports=dict(imports=["mine", "kdops.integrations.mmdet"], allow_failed_imports=True),
-        custom_hooks=[dict(type="EMAHook"), dict(type="mmrazor.StopDistillHook", stop_epoch=2)],
-        default_hooks=dict(timer=dict(type="IterTimerHook"), fuse=dict(type="mmrazor.KDOpsFuseHook")),
-        val_cfg=dict(type="mmrazor.SingleTeacherDistillValLoop")))
+    cfg = Config(
+        dict(
+            model=dict(
+                type="KDOpsDistilledDetector", student=dict(type="RetinaNet"), data_preprocessor=dict(type="Mine")
+            ),
+            custom_imports=dict(imports=["mine", "kdops.integrations.mmdet"], allow_failed_imports=True),
+            custom_hooks=[dict(type="EMAHook"), dict(type="mmrazor.StopDistillHook", stop_epoch=2)],
+            default_hooks=dict(timer=dict(type="IterTimerHook"), fuse=dict(type="mmrazor.KDOpsFuseHook")),
+            val_cfg=dict(type="mmrazor.SingleTeacherDistillValLoop"),
+        )
+    )
     made = student_config(cfg)
     assert made.model == dict(type="RetinaNet", data_preprocessor=dict(type="Mine"))
     assert made.custom_imports == dict(imports=["mine"], allow_failed_imports=True)

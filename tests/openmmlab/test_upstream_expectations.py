@@ -1,4 +1,5 @@
 """What MMRazor's own tests expect of the names that kdops takes over, of kdops behind those names."""
+
 from __future__ import annotations
 
 import copy
@@ -65,9 +66,13 @@ def test_pkd_resizes_either_side(resize_stu):
     assert loss.numel() == 1 and 0 <= loss <= 1
 
 
-@pytest.mark.parametrize("kind, options", [
-    ("MGDLoss", dict(alpha_mgd=2e-5)), ("ChannelWiseDivergence", dict(tau=1.0, loss_weight=3)),
-])
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("MGDLoss", dict(alpha_mgd=2e-5)),
+        ("ChannelWiseDivergence", dict(tau=1.0, loss_weight=3)),
+    ],
+)
 def test_losses_of_maps_are_one_number(kind, options):
     loss = build(kind, **options)
     assert loss(feature(), feature()).numel() == 1
@@ -78,8 +83,13 @@ def test_losses_of_maps_are_one_number(kind, options):
 @pytest.mark.parametrize("mask_on_channel", [False, True])
 @pytest.mark.parametrize("teacher_channels", [16, 32])
 def test_mgd_connector_gives_maps_as_wide_as_the_teachers(mask_on_channel, teacher_channels):
-    connector = build("MGDConnector", student_channels=16, teacher_channels=teacher_channels, lambda_mgd=0.65,
-                      mask_on_channel=mask_on_channel)
+    connector = build(
+        "MGDConnector",
+        student_channels=16,
+        teacher_channels=teacher_channels,
+        lambda_mgd=0.65,
+        mask_on_channel=mask_on_channel,
+    )
     assert connector.forward_train(feature(1, 16, 8, 8)).shape == (1, teacher_channels, 8, 8)
 
 
@@ -98,9 +108,13 @@ def distiller(**changes):
     """A distiller of one toy loss, with some of its entries (``a.b`` for nested ones) set otherwise."""
     recorders = dict(conv=dict(type="ModuleOutputs", source="conv"))
     cfg = ConfigDict(
-        student_recorders=recorders, teacher_recorders=recorders, distill_losses=dict(loss_toy=dict(type="ToyLoss")),
-        loss_forward_mappings=dict(loss_toy=dict(
-            arg1=dict(from_student=True, recorder="conv"), arg2=dict(from_student=False, recorder="conv"))))
+        student_recorders=recorders,
+        teacher_recorders=recorders,
+        distill_losses=dict(loss_toy=dict(type="ToyLoss")),
+        loss_forward_mappings=dict(
+            loss_toy=dict(arg1=dict(from_student=True, recorder="conv"), arg2=dict(from_student=False, recorder="conv"))
+        ),
+    )
     for path, value in changes.items():
         *outer, last = path.split("__")
         target = cfg
@@ -115,18 +129,24 @@ def test_distiller_builds_what_is_well_formed(toy_loss):
     assert set(distiller(loss_forward_mappings=None).distill_losses) == {"loss_toy"}
     assert not distiller(loss_forward_mappings=None, distill_losses=None).distill_losses
     norm = dict(type="BN", affine=False, track_running_stats=False)
-    chain = [dict(type="ConvModuleConnector", in_channel=3, out_channel=4, act_cfg=None),
-             dict(type="NormConnector", norm_cfg=norm, in_channels=4)]
+    chain = [
+        dict(type="ConvModuleConnector", in_channel=3, out_channel=4, act_cfg=None),
+        dict(type="NormConnector", norm_cfg=norm, in_channels=4),
+    ]
     chained = distiller(connectors=dict(s=chain), loss_forward_mappings__loss_toy__arg1__connector="s")
     assert isinstance(chained.connectors["s"], nn.Sequential)
 
 
-@pytest.mark.parametrize("changes, error, message", [
-    (dict(distill_losses=None), AssertionError, '"loss_toy" is not in distill'),
-    (dict(loss_forward_mappings=["A"]), TypeError, "loss_forward_mappings should be"),
-    (dict(loss_forward_mappings__loss_toy=[]), TypeError, "Each item of loss_forward_mappings should be"),
-    (dict(loss_forward_mappings__loss_toy__arg1__from_student=""), TypeError, "from_student should be a bool"),
-], ids=["no losses", "no dict", "no dict of a loss", "no bool"])
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        (dict(distill_losses=None), AssertionError, '"loss_toy" is not in distill'),
+        (dict(loss_forward_mappings=["A"]), TypeError, "loss_forward_mappings should be"),
+        (dict(loss_forward_mappings__loss_toy=[]), TypeError, "Each item of loss_forward_mappings should be"),
+        (dict(loss_forward_mappings__loss_toy__arg1__from_student=""), TypeError, "from_student should be a bool"),
+    ],
+    ids=["no losses", "no dict", "no dict of a loss", "no bool"],
+)
 def test_distiller_refuses_what_mmrazors_refuses_in_its_words(toy_loss, changes, error, message):
     with pytest.raises(error, match=message):
         distiller(**changes)
