@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any
 
@@ -23,18 +23,19 @@ def levels(loss: str, student: Any, teacher: Any) -> tuple[list[Tensor], list[Te
     single = isinstance(student, Tensor)
     if single and isinstance(teacher, Tensor):
         return [student], [teacher], True
-    if not (isinstance(student, (list, tuple)) and isinstance(teacher, (list, tuple))):
+    if not (_holds_levels(student) and _holds_levels(teacher)):
         raise TypeError(
             f"{loss}: student and teacher must both be tensors or both be lists of pyramid levels, "
             f"got {_kind(student)} and {_kind(teacher)}"
         )
-    if len(student) != len(teacher):
+    students, teachers = list(student), list(teacher)
+    if len(students) != len(teachers):
         raise ValueError(
-            f"{loss}: student and teacher must have the same number of levels, got {len(student)} and {len(teacher)}"
+            f"{loss}: student and teacher must have the same number of levels, got {len(students)} and {len(teachers)}"
         )
-    if not student:
+    if not students:
         raise ValueError(f"{loss}: student and teacher must have at least one level, got empty lists")
-    return list(student), list(teacher), False
+    return students, teachers, False
 
 
 def maps(
@@ -56,7 +57,8 @@ def maps(
         if t.requires_grad:
             raise ValueError(
                 f"{where}teacher must not require grad, as no gradient is computed for it, got requires_grad=True: "
-                "run the teacher under torch.no_grad() or pass teacher.detach()"
+                "run the teacher under torch.no_grad() or pass teacher.detach(); a layer behind the teacher that is to "
+                "train (a connector, an align layer) would learn nothing here: put it on the student's side"
             )
         if norm is not None and s.shape[0] * s.shape[2] * s.shape[3] == 1:
             raise ValueError(
@@ -116,6 +118,13 @@ def _check_map(where: str, name: str, x: Any) -> None:
         )
     if x.numel() == 0:
         raise ValueError(f"{where}{name} must not be empty, got shape {tuple(x.shape)}")
+
+
+def _holds_levels(value: Any) -> bool:
+    """A list or any other iterable, but not a tensor, whose items are its images, nor a dict, whose items are names."""
+    if isinstance(value, (list, tuple)):
+        return True
+    return isinstance(value, Iterable) and not isinstance(value, (Tensor, Mapping, str, bytes))
 
 
 def _kind(value: Any) -> str:

@@ -289,3 +289,12 @@ def test_missing_files_folders_and_weights_are_said(tmp_path):
         student_checkpoint(tmp_path / "kd.pth", tmp_path / "nowhere" / "s.pth")
     with pytest.raises(ValueError, match="holds no weights: .* got entries 'epoch', 'optimizer'"):
         student_checkpoint(tmp_path / "kd.pth", tmp_path / "s.pth")
+
+
+def test_students_own_config_takes_the_place_of_the_runs(tmp_path: Path) -> None:
+    meta = {**META, "cfg": "model = dict(type='Distilled')", "kdops_student_cfg": "model = dict(type='Net')"}
+    model = _mmrazor(*pair())
+    torch.save({"state_dict": model.state_dict(), "meta": meta}, tmp_path / "in.pth")
+    student_checkpoint(tmp_path / "in.pth", tmp_path / "out.pth")
+    written = torch.load(tmp_path / "out.pth", weights_only=True)
+    assert written["meta"] == {**META, "cfg": "model = dict(type='Net')"}

@@ -48,6 +48,8 @@ def test_levels(loss, name):
         TypeError, name, "student and teacher must both be tensors or both be lists .* got ndarray and Tensor"
     ):
         loss(maps().numpy(), maps())
+    with refused(TypeError, name, "student and teacher must both be tensors or both be lists .* got dict and dict"):
+        loss({"0": maps()}, {"0": maps()})
     with refused(TypeError, name, "level 1: teacher must be a tensor, got NoneType"):
         loss([maps(), maps()], [maps(), None])
 
@@ -100,6 +102,10 @@ def test_teacher_that_requires_grad(loss, name):
         ValueError, name, "teacher must not require grad, .*got requires_grad=True: run the teacher under torch.no_grad"
     ):
         loss(maps(), maps(requires_grad=True))
+    connector = torch.nn.Conv2d(3, 3, 1)
+    text = "teacher must not require grad, .*layer behind the teacher that is to train .* put it on the student's side"
+    with refused(ValueError, name, text):
+        loss(maps(2, 3, 4, 5), connector(maps(2, 3, 4, 5)))
 
 
 def test_options(loss, name):

@@ -129,6 +129,14 @@ def test_levels_are_summed(loss):
     assert relative_error(loss(student, teacher), separately) < 1e-12
 
 
+@pytest.mark.parametrize("loss", [kdops.cwd_loss, kdops.pkd_loss])
+def test_levels_may_be_any_iterable(loss):
+    student, teacher = zip(*(pair(2, c, 6, 7) for c in (3, 5)))
+    expected = loss(student, teacher)
+    assert torch.equal(loss((s for s in student), map(torch.clone, teacher)), expected)
+    assert torch.equal(loss(dict(enumerate(student)).values(), list(teacher)), expected)
+
+
 @pytest.mark.parametrize("module", [kdops.CWDLoss, kdops.PKDLoss])
 def test_module_is_its_function(module):
     student, teacher = pair(2, 3, 4, 5, dtype=torch.float32)

@@ -15,7 +15,7 @@ from mmengine.runner import load_checkpoint
 from torch import nn
 
 from kdops import Distiller, ProgressiveDistillation, Stage, Tap
-from kdops.distill import exclude_from_ddp
+from kdops.distill import WarmupWeight, exclude_from_ddp
 
 ModelCfg = Union[str, dict]
 _FEATURES = ("backbone", "neck")
@@ -77,6 +77,7 @@ class KDOpsDistilledDetector(BaseModel):
         else:
             self.distiller = ProgressiveDistillation(student, built, **options)
         self.needs_hook = stages is not None or _scheduled(parts)
+        self.in_epochs = _in_epochs(built)
         exclude_from_ddp(self)
 
     def forward(self, inputs: Any, data_samples: Any = None, mode: str = "tensor") -> Any:
@@ -143,6 +144,17 @@ def _scheduled(parts: Sequence[dict]) -> bool:
     weights = [part.get("weight", 1.0) for part in parts]
     weights += [tap.get("weight", 1.0) for part in parts for tap in part["taps"]]
     return any(isinstance(weight, dict) for weight in weights)
+
+
+def _in_epochs(stages: Sequence[Stage]) -> list[str]:
+    """What is measured in epochs, in words: stages by their length, and schedules."""
+    found = [f"stage {number} of {stage.epochs} epochs" for number, stage in enumerate(stages) if stage.epochs]
+    for schedule in [weight for stage in stages for weight in (stage.weight, *(tap.weight for tap in stage.taps))]:
+        while isinstance(schedule, WarmupWeight):
+            schedule = schedule.after
+        if getattr(schedule, "epochs", None) is not None:
+            found.append(str(schedule))
+    return list(dict.fromkeys(found))
 
 
 def _only_features(parts: Sequence[dict]) -> bool:

@@ -5,12 +5,13 @@ import copy
 import logging
 from typing import Any
 
-from kdops.integrations.mmengine.stop import StopHook
+from kdops.integrations.mmengine.stop import StopHook, forget_logged
+from kdops.integrations.mmengine.student_config import note_student_config
 from mmdet.registry import HOOKS
 from mmengine.hooks import EMAHook, Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
-from mmengine.runner import Runner
+from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 
 from kdops import ProgressiveDistillation
@@ -39,6 +40,10 @@ class KDOpsDistillHook(Hook):
 
     Args:
         restart_schedule: start the schedule anew at every stage.
+
+    Raises:
+        TypeError: the runner's model is no KDOpsDistilledDetector.
+        ValueError: a stage or a schedule is measured in epochs and the loop does not count them.
     """
 
     # Behind EMAHook, which exchanges averaged and raw weights in checkpoints.
@@ -55,8 +60,13 @@ class KDOpsDistillHook(Hook):
             self._start = _Start(runner)
 
     def before_train(self, runner: Runner) -> None:
-        """A run that is resumed in a later stage: EMAHook has made its copy in the first."""
         model = distilled_detector("KDOpsDistillHook", runner)
+        if model.in_epochs and isinstance(runner.train_loop, IterBasedTrainLoop):
+            raise ValueError(
+                f"KDOpsDistillHook: {', '.join(model.in_epochs)}: epochs never come under "
+                f"{type(runner.train_loop).__name__}, which does not count them; give steps"
+            )
+        # A run that is resumed in a later stage: EMAHook has made its copy in the first.
         if getattr(model.distiller, "stage", 0) > 0:
             _averages_follow(runner, model)
 
@@ -74,6 +84,7 @@ class KDOpsDistillHook(Hook):
         for key in own:
             own[key] = average.pop("module." + key, own[key])  # EMAHook has put the raw values there
         checkpoint["distiller"] = {key[len("distiller."):]: value for key, value in own.items()}
+        note_student_config(runner, checkpoint)
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         own = checkpoint.get("distiller", {})
@@ -87,6 +98,7 @@ class KDOpsDistillHook(Hook):
         if after == before:
             return
         _averages_follow(runner, model)
+        forget_logged(runner)
         if self.restart_schedule and not model.distiller.stopped:
             self._start.restore(runner)
         what = "distillation has ended" if model.distiller.stopped else f"stage {after} of distillation begins"

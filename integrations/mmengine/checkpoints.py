@@ -12,15 +12,17 @@ from mmengine.runner import Runner
 
 from kdops import student_checkpoint
 
+from .student_config import note_student_config
+
 
 @HOOKS.register_module()
 class KDOpsStudentCheckpointHook(Hook):
     """Leaves the teacher out of every checkpoint, and writes the student alone at the end of training.
 
     The last file is ``{stem}_student.pth`` beside the last checkpoint. It holds the plain network's keys and ``meta``
-    and tests with the student's own config; where an EMAHook is at work it has the averaged weights, as the
-    checkpoint itself has. A run is resumed from checkpoints without the teacher as long as the config brings the
-    teacher's weights (``teacher_ckpt``).
+    and tests with the student's own config, which is in ``meta`` too, for inferencers that take it from there; where
+    an EMAHook is at work it has the averaged weights, as the checkpoint itself has. A run is resumed from checkpoints
+    without the teacher as long as the config brings the teacher's weights (``teacher_ckpt``).
 
     Args:
         drop: prefixes of state-dict keys to leave out of every checkpoint.
@@ -41,6 +43,7 @@ class KDOpsStudentCheckpointHook(Hook):
             state = checkpoint.get(entry, {})
             for key in [key for key in state if key.startswith(tuple(wrapper + prefix for prefix in self.drop))]:
                 del state[key]
+        note_student_config(runner, checkpoint)
 
     def after_train(self, runner: Runner) -> None:
         if not self.write_student or runner.rank != 0:

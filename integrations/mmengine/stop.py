@@ -81,10 +81,11 @@ class StopHook(Hook):
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Stop at once when resuming a run that had stopped: its checkpoint holds no connectors."""
         if runner._resume and checkpoint.get("meta", {}).get(STOPPED_KEY, False):
-            self.stop(runner)
+            # The loop does not know yet where it will go on.
+            self.stop(runner, "Distillation had been stopped when the checkpoint was written, and stays so")
 
-    def stop(self, runner: Runner) -> None:
-        """End distillation now; does nothing the second time."""
+    def stop(self, runner: Runner, message: str | None = None) -> None:
+        """End distillation now and log it, in other words if given; does nothing the second time."""
         if self.stopped:
             return
         self.stopped = True
@@ -99,8 +100,9 @@ class StopHook(Hook):
             del wrapper
             gc.collect()  # the old reducer's hooks on the parameters go with it
             runner.model = runner.wrap_model(runner.cfg.get("model_wrapper_cfg"), model)
-        _forget_logged(runner)
-        print_log(f"Distillation has been stopped at iteration {runner.iter}", logger=runner.logger, level=logging.INFO)
+        forget_logged(runner)
+        message = message or f"Distillation has been stopped at iteration {runner.iter}"
+        print_log(message, logger=runner.logger, level=logging.INFO)
 
     def _stop_average(self, average: nn.Module) -> None:
         self.stop_model(average.module)
@@ -110,11 +112,12 @@ class StopHook(Hook):
         )
 
 
-def _forget_logged(runner: Runner) -> None:
+def forget_logged(runner: Runner) -> None:
     """mmengine goes on logging the last value of a loss that no longer comes: it would look like distillation."""
-    scalars = runner.message_hub.log_scalars
-    for name in [name for name in scalars if name.startswith("train/distill.")]:
-        del scalars[name]
+    hub = runner.message_hub
+    for name in [name for name in hub.log_scalars if name.startswith("train/distill.")]:
+        del hub.log_scalars[name]
+        hub._resumed_keys.pop(name, None)  # or a resume warns that it misses the name
 
 
 def release_storage(module: nn.Module) -> None:

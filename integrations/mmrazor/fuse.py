@@ -66,12 +66,23 @@ def fuse(cfg: Cfg) -> tuple[Cfg, FuseReport]:
 class KDOpsDistiller(ConfigurableDistiller):
     """MMRazor's ConfigurableDistiller that applies `fuse` to its own config.
 
-    The command-line form of `fuse`: ``--cfg-options model.distiller.type=KDOpsDistiller``.
+    The command-line form of `fuse`: ``--cfg-options model.distiller.type=KDOpsDistiller``. A config without losses, or
+    one that MMRazor refuses, goes to MMRazor as it is.
     """
 
     def __init__(self, **kwargs: Any) -> None:
-        fused, _ = fuse(kwargs)
-        super().__init__(**fused)
+        super().__init__(**(fuse(kwargs)[0] if _well_formed(kwargs) else kwargs))
+
+
+def _well_formed(cfg: Mapping) -> bool:
+    """Whether there are losses, and mappings to read: MMRazor's distiller says in its own words what it misses."""
+    mappings = cfg.get("loss_forward_mappings") or {}
+    if not isinstance(cfg.get("distill_losses"), Mapping) or not isinstance(mappings, Mapping):
+        return False
+    return all(
+        isinstance(mapping, Mapping) and all(isinstance(record, Mapping) for record in mapping.values())
+        for mapping in mappings.values()
+    )
 
 
 def fuse_in_place(distiller: ConfigurableDistiller, cfg: Cfg) -> FuseReport:

@@ -10,7 +10,8 @@ from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 from mmengine.runner import Runner
 from mmrazor.engine import SingleTeacherDistillValLoop
-from mmrazor.models.task_modules import RecorderManager
+from mmrazor.models.distillers import ConfigurableDistiller
+from mmrazor.models.task_modules import DistillDeliveryManager, RecorderManager
 from mmrazor.registry import HOOKS
 from torch import Tensor, nn
 
@@ -33,7 +34,9 @@ class KDOpsStopDistillHook(StopHook):
     ``stop_iter``. From then on a step costs what the student alone costs, and neither the model's state dict nor its
     parameters hold anything but the student; ``find_unused_parameters`` is not needed.
 
-    A teacher that SingleTeacherDistillValLoop validates is kept for it, and only its part in training ends.
+    A teacher that SingleTeacherDistillValLoop validates is kept for it, and only its part in training ends. What
+    ``distill_deliveries`` hand from the teacher to the student, the student computes for itself from then on.
+    An algorithm of another make, without one teacher and a ConfigurableDistiller, is told, as by MMRazor's hook.
 
     Args:
         stop_epoch: first epoch (from 0) without distillation.
@@ -44,23 +47,31 @@ class KDOpsStopDistillHook(StopHook):
         ValueError, TypeError: as `StopHook`; TypeError if the runner's model is no distillation algorithm of MMRazor.
     """
 
-    def stop(self, runner: Runner) -> None:
+    def stop(self, runner: Runner, message: str | None = None) -> None:
+        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        if not hasattr(model, "distillation_stopped"):
+            raise TypeError(
+                f"KDOpsStopDistillHook: the model must be a distillation algorithm of MMRazor, got "
+                f"{type(model).__name__} without distillation_stopped"
+            )
+        if not self.stopped and not _can_be_freed(model):
+            self.stopped = model.distillation_stopped = True
+            print_log(
+                f"kdops: {type(model).__name__} is told that distillation has been stopped; what it holds is not freed",
+                logger="current", level=logging.WARNING)
+            return
         self._keeps_teacher = isinstance(runner.val_loop, SingleTeacherDistillValLoop)
         if self._keeps_teacher and not self.stopped:
             print_log(
                 "kdops: the teacher stays in memory, for SingleTeacherDistillValLoop validates it",
                 logger=runner.logger, level=logging.WARNING)
-        super().stop(runner)
+        super().stop(runner, message)
 
     def stop_model(self, model: nn.Module) -> None:
-        for attribute in ("distillation_stopped", "teacher", "distiller"):
-            if not hasattr(model, attribute):
-                raise TypeError(
-                    f"KDOpsStopDistillHook: the model must be a distillation algorithm of MMRazor, got "
-                    f"{type(model).__name__} without {attribute}"
-                )
         model.distillation_stopped = True
         _forget_records(model.distiller)
+        # The student would wait for what the teacher no longer delivers.
+        model.distiller.deliveries = DistillDeliveryManager()
         for parameter in model.distiller.parameters():
             parameter.grad = None
         model.distiller.connectors = nn.ModuleDict()
@@ -68,6 +79,11 @@ class KDOpsStopDistillHook(StopHook):
         if not self._keeps_teacher:
             release_storage(model.teacher)
         model.teacher = StoppedTeacher()
+
+
+def _can_be_freed(model: Any) -> bool:
+    teacher, distiller = getattr(model, "teacher", None), getattr(model, "distiller", None)
+    return isinstance(teacher, nn.Module) and isinstance(distiller, ConfigurableDistiller)
 
 
 def _forget_records(distiller: nn.Module) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from kdops.distill._reading import read_checkpoint
 from kdops.files import write_atomically
 
-__all__ = ["CALLBACK_MARK", "LAYOUTS", "CheckpointPart", "StudentCheckpoint", "student_checkpoint"]
+__all__ = ["CALLBACK_MARK", "LAYOUTS", "STUDENT_CONFIG", "CheckpointPart", "StudentCheckpoint", "student_checkpoint"]
 
 #: Names under which checkpoints keep their weights; without one of them the checkpoint itself is a state dict.
 _ENTRIES = ("state_dict", "model", "model_state_dict", "student")
@@ -24,6 +24,8 @@ _WRAPPERS = ("module", "_orig_mod")
 _COUNTERS = ("n_averaged", "steps")
 #: In the state of Lightning's callback: the student's name in the LightningModule.
 CALLBACK_MARK = "kdops_student"
+#: In meta, beside ``cfg``, the config of the whole run as mmengine writes it: the config of the student alone.
+STUDENT_CONFIG = "kdops_student_cfg"
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,8 @@ def student_checkpoint(
     Weights are looked for in the entries ``state_dict``, ``model``, ``model_state_dict`` and ``student``, or in the
     checkpoint itself, under the prefixes of DistributedDataParallel and torch.compile too. They are written to the
     entry that they were in, with the ``meta`` that stood beside them; optimizer, schedulers and all else are dropped.
-    Where mmengine's EMAHook was at work, ``state_dict`` has the averaged weights, and those are taken.
+    Where mmengine's EMAHook was at work, ``state_dict`` has the averaged weights, and those are taken. Where kdops'
+    hooks for mmengine have noted the student's own config in ``meta``, it becomes the file's ``cfg``.
 
     Args:
         source: checkpoint of a distillation run, as ``torch.save`` wrote it.
@@ -151,7 +154,7 @@ def student_checkpoint(
     if entry is not None:
         dropped.update({str(k): _measure(v) for k, v in content.items() if k not in (entry, "meta")})
     meta = entry is not None and "meta" in content
-    kept: Any = student if entry is None else {**({"meta": content["meta"]} if meta else {}), entry: student}
+    kept: Any = student if entry is None else {**({"meta": _own_meta(content["meta"])} if meta else {}), entry: student}
     write_atomically(target, lambda temporary: torch.save(kept, temporary))
     averaged = entry == "state_dict" and "ema_state_dict" in content
     return StudentCheckpoint(target, layout, _measure(student), dropped, meta, averaged)
@@ -257,6 +260,13 @@ def _extract(weights: Mapping[str, Any], prefix: str) -> OrderedDict[str, Any]:
             if name == root or name.startswith(prefix)
         )
     return student
+
+
+def _own_meta(meta: Any) -> Any:
+    """The meta with the student's own config for the run's, where that is noted in it."""
+    if not isinstance(meta, Mapping) or STUDENT_CONFIG not in meta:
+        return meta
+    return {**{key: value for key, value in meta.items() if key != STUDENT_CONFIG}, "cfg": meta[STUDENT_CONFIG]}
 
 
 def _own(value: Any) -> Any:

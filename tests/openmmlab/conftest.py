@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 
 import pytest
 
@@ -15,6 +16,16 @@ else:
         """Every test starts from its module's SCOPE, whatever Runner the test before has left behind."""
         with DefaultScope.overwrite_default_scope(getattr(request.module, "SCOPE", "mmengine")):
             yield
+
+    @pytest.fixture(scope="session")
+    def coco(tmp_path_factory):
+        """A folder for the trainers' tools to run in, with a small data set at data/coco."""
+        from real_runs import write_coco
+
+        folder = tmp_path_factory.mktemp("real_runs")
+        write_coco(folder / "data" / "coco")
+        yield folder
+        shutil.rmtree(folder)  # gigabytes of weights
 
     @pytest.fixture
     def stock_names():

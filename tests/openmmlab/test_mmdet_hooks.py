@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 
 import kdops.integrations.mmdet  # noqa: F401
@@ -13,6 +14,8 @@ from mmdet.registry import MODELS
 from mmengine.hooks import Hook
 from mmengine.runner import load_checkpoint
 from toys import detector, taps
+
+from kdops import CosineWeight
 
 SCOPE = "mmdet"
 
@@ -131,6 +134,43 @@ def test_weight_schedule_is_driven(tmp_path):
     _, watch = run(tmp_path, [DRIVE], detector(weight=weight), epochs=3, ema=False)
     values = [losses["distill.loss_feat"] for losses in watch.losses]
     assert values[0] > values[1] > values[3] > 0 and values[4:] == [0, 0]
+
+
+@pytest.mark.parametrize("model, what", [
+    (detector(weight=dict(type="kdops.CosineWeight", epochs=4)), r"CosineWeight\(.*epochs=4\)"),
+    (detector(weight=dict(type="kdops.WarmupWeight", after=CosineWeight(epochs=4), steps=2)), "CosineWeight"),
+    (dict(detector(), taps=taps(weight=dict(type="kdops.LinearWeight", start=1.0, end=0.0, epochs=2))), "LinearWeight"),
+    (progressive(), "stage 0 of 2 epochs, stage 1 of 2 epochs"),
+], ids=["schedule", "warmed-up schedule", "schedule of a tap", "stages"])
+def test_epochs_under_an_iteration_based_loop_are_refused(tmp_path, model, what):
+    with pytest.raises(ValueError, match=f"KDOpsDistillHook: {what}.*: epochs never come under IterBasedTrainLoop"):
+        run(tmp_path, [DRIVE], model, train_cfg=dict(by_epoch=False, max_iters=8), ema=False)
+
+
+def test_steps_count_under_an_iteration_based_loop(tmp_path):
+    weight = dict(type="kdops.LinearWeight", start=1.0, end=0.0, steps=2)
+    stages = [dict(teacher=dict(type="ToyDetector", width=width), taps=taps(width), weight=weight, steps=3)
+              for width in (6, 8)]
+    seen = []
+
+    class Look(Hook):
+        def before_train_iter(self, runner, batch_idx, data_batch=None):
+            teacher = runner.model.distiller.teacher
+            seen.append([teacher and teacher.neck.out_channels])
+
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            seen[-1].append(outputs.get("distill.loss_feat"))
+
+    toys.runner(tmp_path, [DRIVE, Look()], model=detector(stages=stages), default_scope="mmdet", ema=False,
+                train_cfg=dict(by_epoch=False, max_iters=8)).train()
+    assert [width for width, _ in seen] == [6] * 3 + [8] * 3 + [None] * 2
+    assert [term and bool(term > 0) for _, term in seen] == [True, True, False] * 2 + [None] * 2
+
+
+def test_nothing_of_an_ended_distillation_is_logged(tmp_path):
+    runner, _ = run(tmp_path, [DRIVE], progressive(), epochs=6)
+    lines = [json.loads(line) for line in next(tmp_path.glob("*/vis_data/scalars.json")).read_text().splitlines()]
+    assert ["distill.loss_feat" in line for line in lines] == [True] * 8 + [False] * 4
 
 
 def test_says_what_is_missing(tmp_path):

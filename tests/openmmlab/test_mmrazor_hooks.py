@@ -90,6 +90,46 @@ def test_stop_iter_works_under_an_iteration_based_loop(tmp_path):
         run(tmp_path / "epoch", [STOP], train_cfg=loop, ema=False)
 
 
+def test_after_the_stop_nothing_is_delivered(tmp_path):
+    model = toys.algorithm()
+    for part in ("architecture", "teacher"):
+        model[part]["type"] = "mmengine.NoisyDetector"
+    model["distiller"]["distill_deliveries"] = dict(
+        draw=dict(type="MethodOutputs", max_keep_data=1, method_path="toys.NoisyDetector.draw"))
+    delivered = []
+
+    class Look(Watch):
+        def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+            delivered.append(runner.model.architecture.used == self.teacher.used)
+
+    toys.runner(tmp_path, [STOP, Look()], model=model, epochs=3).train()
+    assert delivered == [True] * 4 + [False] * 2
+
+
+def test_an_algorithm_of_another_make_is_told(tmp_path):
+    class Other(toys.ToyDetector):
+        distillation_stopped = False
+
+    runner = toys.runner(tmp_path, [STOP], epochs=3, ema=False)
+    runner.model = Other(4)
+    runner.train()
+    assert runner.model.distillation_stopped
+    runner = toys.runner(tmp_path / "none", [STOP], epochs=3, ema=False)
+    runner.model = toys.ToyDetector(4)
+    with pytest.raises(TypeError, match="must be a distillation algorithm of MMRazor, got ToyDetector"):
+        runner.train()
+
+
+def test_a_resume_behind_the_stop_says_so_and_warns_of_nothing(tmp_path):
+    run(tmp_path / "whole", [STOP], log_level="INFO")
+    run(tmp_path / "again", [STOP], resume=True, load_from=str(tmp_path / "whole" / "epoch_3.pth"), log_level="INFO")
+    whole, again = (
+        "".join(path.read_text() for path in (tmp_path / name).glob("*/*.log")) for name in ("whole", "again"))
+    assert "not defined in message_hub" not in again
+    assert "Distillation has been stopped at iteration 4" in whole and "stopped at iteration" not in again
+    assert "Distillation had been stopped when the checkpoint was written" in again
+
+
 @pytest.mark.parametrize("arguments, error", [
     ({}, ValueError), (dict(stop_epoch=1, detach_epoch=1), ValueError), (dict(stop_epoch=-1), ValueError),
     (dict(stop_iter=1.5), TypeError), (dict(stop_epoch=True), TypeError),

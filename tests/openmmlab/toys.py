@@ -32,6 +32,19 @@ class ToyDetector(BaseModel):
         return list(out) if mode == "predict" else out
 
 
+@MODELS.register_module()
+class NoisyDetector(ToyDetector):
+    """Draws what MMRazor's deliveries can hand from one detector to another."""
+
+    def draw(self):
+        self.drawn = float(torch.rand(()))
+        return self.drawn
+
+    def extract_feat(self, inputs):
+        self.used = self.draw()
+        return super().extract_feat(inputs) + self.used
+
+
 @DATASETS.register_module()
 class ToyDataset(torch.utils.data.Dataset):
     metainfo = dict(classes=("thing",))

@@ -3,6 +3,8 @@ _base_ = "mmyolo::rtmdet/distillation/kd_s_rtmdet_m_neck_300e_coco.py"
 custom_imports = dict(imports=["kdops.integrations.mmrazor"])
 
 model = dict(distiller=dict(type="KDOpsDistiller"))
+# mmengine hands the scope of an "mmyolo::" base on to the collate function, which takes none.
+train_dataloader = dict(collate_fn=dict(_delete_=True, type="yolov5_collate"))
 
 custom_hooks = [
     *_base_.custom_hooks[:-1],  # all but MMRazor's StopDistillHook
