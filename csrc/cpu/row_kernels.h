@@ -139,11 +139,13 @@ inline Vec<A> per_row(const A* p, int rows) {
 // A double as the nearest A and the rest.
 template <class A, int kMode>
 inline void per_row_in_two(const double* p, int rows, Vec<A>& nearest, Vec<A>& rest) {
-  nearest = rest = Vec<A>{};
-  for (int i = 0; i < lanes_of<A>; ++i) {
-    const double x = p[kMode == kPositionsInLanes ? 0 : i < rows ? i : 0];
-    nearest[i] = static_cast<A>(x), rest[i] = static_cast<A>(x - nearest[i]);
+  if (kMode == kPositionsInLanes) {
+    const A value = static_cast<A>(*p);
+    nearest = broadcast<A>(value), rest = broadcast<A>(static_cast<A>(*p - value));
+    return;
   }
+  nearest = rest = Vec<A>{};
+  for (int i = 0; i < rows; ++i) nearest[i] = static_cast<A>(p[i]), rest[i] = static_cast<A>(p[i] - nearest[i]);
 }
 template <class A, int kMode, class Out>
 inline void put_sum(Out* p, int rows, const Sum<A>& sum) {
@@ -167,9 +169,9 @@ inline Vec<A> centre_of(const Strip& x, int rows) {
   constexpr int64_t width = kMode == kPositionsInLanes ? lanes_of<A> : 1;
   const int count = kMode == kChannelsInLanes ? rows : static_cast<int>(x.length < width ? x.length : width);
   const int64_t last = x.length < width ? 0 : x.length - width;
-  const Vec<A> start = widen_part<A>(at<T>(x, 0, 0), count);
-  const Vec<A> middle = widen_part<A>(at<T>(x, x.segments / 2, last / 2), count);
-  const Vec<A> end = widen_part<A>(at<T>(x, x.segments - 1, last), count);
+  const auto load = [&](const T* p) { return count == lanes_of<A> ? widen(p) : widen_part<A>(p, count); };
+  const Vec<A> start = load(at<T>(x, 0, 0)), middle = load(at<T>(x, x.segments / 2, last / 2));
+  const Vec<A> end = load(at<T>(x, x.segments - 1, last));
   const Vec<A> low = min<A>(start, middle), high = max<A>(start, middle);
   const Vec<A> median = max<A>(low, min<A>(high, end));
   if (kMode == kChannelsInLanes) return median;
