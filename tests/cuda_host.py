@@ -104,6 +104,8 @@ def shim() -> Shim:
         is_standalone=False,
         verbose=False,
     )
+    if path is None:  # PyTorch 2.4 loads the library and does not say where it is
+        path = str(Path(cpp_extension._get_build_directory("kdops_shim", False)) / "kdops_shim.so")
     return Shim(path)
 
 
