@@ -48,6 +48,9 @@ def main(form: str, folder: str) -> None:
         losses=watch.losses, distiller=watch.distiller, student=dict(runner.model.module.named_parameters()),
         batch_norms=[name for name, module in runner.model.module.named_modules() if "BatchNorm" in str(type(module))])
     torch.save(found, f"{folder}/rank{get_rank()}.pth")
+    # Left to the interpreter's exit, gloo's threads may end the process with an abort.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
