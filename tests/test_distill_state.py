@@ -192,7 +192,9 @@ def test_resumed_run_equals_an_unbroken_one(align):
 def test_optimizer_may_be_bound_before_the_widths_are_known():
     student, teacher = pair()
     distiller = _distiller(student, teacher, True)
-    optimizer = torch.optim.AdamW(student.named_parameters(), lr=1e-2)
+    takes_names = torch.torch_version.TorchVersion(torch.__version__) >= (2, 6)
+    parameters = student.named_parameters() if takes_names else student.parameters()
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     distiller.bind(optimizer)
     count = len(list(student.parameters()))
     before = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 pytest.importorskip("transformers", reason="needs transformers: pip install transformers accelerate timm")
 pytest.importorskip("accelerate", reason="needs accelerate: pip install accelerate")
+if not importlib.import_module("transformers").is_torch_available():
+    pytest.skip("this transformers needs a newer PyTorch", allow_module_level=True)
 from kdops.integrations.pytorch.huggingface import (  # noqa: E402
     DistillationMixin,
     DistillationTrainer,
