@@ -42,6 +42,7 @@ def in_this_process(function: Callable) -> Callable:
 
 def run_in_the_interpreter(path: str) -> None:
     """Run a test module in the interpreter."""
+    pytest.importorskip("triton")
     run_pytest("-x", path, TRITON_INTERPRET="1")
 
 

@@ -101,7 +101,7 @@ def _gradient(level, stats, go, go_stride, total_rows, chunk, weight, tau,
     t_factor = factor / tl.load(stat + total_rows * Z_T, mask=exists, other=1.0)
     s_k, t_k = exp_scale(s_k), exp_scale(t_k)
     begin, end = bounds(start, stop, WIDE)
-    TILES: tl.constexpr = 2 if S_MODE >= 2 and T_MODE >= 2 and G_MODE >= 2 else 1
+    TILES: tl.constexpr = 2 if S_MODE >= 2 and (T_MODE >= 2 and G_MODE >= 2) else 1
     for p0 in range(begin, end, POSITIONS * TILES):
         # Both tiles are loaded before either is stored: the compiler may not move a load over a store.
         p1, inside1 = positions(p0, end, ORDER, VEC, POSITIONS)

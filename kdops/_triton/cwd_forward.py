@@ -78,7 +78,7 @@ def _moments(level, parts, total_parts, chunk,
     t_first = tl.load(t_rows, mask=exists, other=0.0).to(ACC)
     begin, end = bounds(start, stop, WIDE)
     # Tiles whose loads are in flight together. Where strides do not collapse, every element costs an address.
-    UNROLL: tl.constexpr = 2 if VEC > 1 and S_MODE >= 2 and T_MODE >= 2 else 1
+    UNROLL: tl.constexpr = 2 if VEC > 1 and (S_MODE >= 2 and T_MODE >= 2) else 1
     # Each lane sums about its own first element.
     p, inside = positions(begin, end, ORDER, VEC, POSITIONS)
     mask = exists & inside
@@ -206,7 +206,7 @@ def _sums(level, unit, stats, losses, parts, total_rows, total_parts, chunk, wei
     divergence = tl.zeros([ROWS, POSITIONS], ACC)
     begin, end = bounds(start, stop, WIDE)
     # Tiles whose loads are in flight together. Where strides do not collapse, every element costs an address.
-    UNROLL: tl.constexpr = 2 if VEC > 1 and S_MODE >= 2 and T_MODE >= 2 else 1
+    UNROLL: tl.constexpr = 2 if VEC > 1 and (S_MODE >= 2 and T_MODE >= 2) else 1
     for p0 in range(begin, end, POSITIONS * UNROLL):
         for u in tl.static_range(UNROLL):
             first = p0 + u * POSITIONS

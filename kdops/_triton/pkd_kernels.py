@@ -65,7 +65,7 @@ def _moments(level, parts, total_parts, chunk,
     t_first = tl.load(t_rows, mask=exists, other=0.0).to(ACC)
     begin, end = bounds(start, stop, WIDE)
     # Tiles whose loads are in flight together. Where strides do not collapse, every element costs an address.
-    UNROLL: tl.constexpr = 2 if VEC > 1 and S_MODE >= 2 and T_MODE >= 2 else 1
+    UNROLL: tl.constexpr = 2 if VEC > 1 and (S_MODE >= 2 and T_MODE >= 2) else 1
     # Each lane sums about its own first elements.
     p, inside = positions(begin, end, ORDER, VEC, POSITIONS)
     mask = exists & inside
@@ -205,7 +205,7 @@ def _gradient(level, stats, go, go_stride, total_channels, chunk, weight,
     s_lo = tl.load(stats + total_channels * MEAN_S_LO, mask=exists, other=0.0)
     rest = difference(s_factor, s_lo, t_factor, tl.load(stats + total_channels * MEAN_T_LO, mask=exists, other=0.0))
     begin, end = bounds(start, stop, WIDE)
-    TILES: tl.constexpr = 2 if S_MODE >= 2 and T_MODE >= 2 and G_MODE >= 2 else 1
+    TILES: tl.constexpr = 2 if S_MODE >= 2 and (T_MODE >= 2 and G_MODE >= 2) else 1
     for p0 in range(begin, end, POSITIONS * TILES):
         # Both tiles are loaded before either is stored: the compiler may not move a load over a store.
         p1, inside1 = positions(p0, end, ORDER, VEC, POSITIONS)
