@@ -1,7 +1,8 @@
 """Random calls for as long as one likes: python tests/fuzz.py --seconds 600 --seed 1, or make fuzz SECONDS=600.
 
-Every miss becomes a line of JSON in runs/fuzz, with its call, the simplest call found that misses likewise, and a
-command that repeats it. The exit code is 1 if there was one.
+--backend triton90 and others run the kernels for a GPU instead of the CPU's: see backends.py. Every miss becomes a line
+of JSON in runs/fuzz, with its call, the simplest call found that misses likewise, and a command that repeats it. The
+exit code is 1 if there was one.
 """
 
 from __future__ import annotations
@@ -19,19 +20,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TextIO
 
+import backends
 import torch
-from judge import Backend, Miss, judge, public
+from backends import Choice
+from judge import Miss
 from random_calls import LOSSES, Call, Level, Values, View, random_call
 from tqdm import tqdm
 
 _SIMPLIFICATIONS = 400  # calls that a miss may cost
 
 
-def main(arguments: list[str] | None = None, backend: Backend = public, resize: bool = True) -> int:
-    """The campaign; another backend than the public losses is the caller's."""
+def main(arguments: list[str] | None = None, backend: Choice | None = None) -> int:
+    """The campaign; ``backend`` instead of the one that the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60)
+    parser.add_argument("--calls", type=int, default=10**9, help="most calls")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--backend", choices=backends.NAMES, default="cpu", metavar="NAME", help=f"{backends.NAMES}")
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=LOSSES)
     parser.add_argument("--simplify", type=int, default=3, help="how many misses of a kind are made simple")
     parser.add_argument("--out", type=Path, default=Path("runs/fuzz"))
@@ -39,31 +44,33 @@ def main(arguments: list[str] | None = None, backend: Backend = public, resize: 
     parser.add_argument("--repeat", metavar="JSON", help="run this call alone")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    backend = backend or backends.choose(options.backend)
     if options.repeat:
-        misses = judge(Call.from_json(options.repeat), backend)
+        misses = backend.judge(Call.from_json(options.repeat))
         print("\n".join(map(str, misses)) or "no miss")
         return int(bool(misses))
     path = options.out / f"seed{options.seed}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as lines:
-        kinds, calls = campaign(options, lines, backend, resize)
+        kinds, calls = campaign(options, lines, backend)
     for (loss, what), count in kinds.most_common():
         print(f"{count:6d} {loss}: {what}")
     print(f"{calls} calls, {sum(kinds.values())} missed" + (f"; see {path}" if kinds else ""))
     return int(bool(kinds))
 
 
-def campaign(options: argparse.Namespace, lines: TextIO, backend: Backend, resize: bool) -> tuple[Counter, int]:
-    """Calls until the time is over. Returns how many misses of which kind there were, and the number of calls."""
+def campaign(options: argparse.Namespace, lines: TextIO, backend: Choice) -> tuple[Counter, int]:
+    """Calls until the time is over or there are enough. Returns the misses of each kind, and the number of calls."""
     pick, kinds, calls = random.Random(options.seed).choice, Counter(), 0
+    losses = [loss for loss in options.losses if loss in backend.losses]
     start = time.monotonic()
     form = "{l_bar}{bar}| {n:.0f}/{total:.0f} s{postfix}"
     with tqdm(total=options.seconds, unit="s", bar_format=form, mininterval=1) as bar:
-        while (elapsed := time.monotonic() - start) < options.seconds:
+        while (elapsed := time.monotonic() - start) < options.seconds and calls < options.calls:
             bar.update(min(elapsed, options.seconds) - bar.n)
             bar.set_postfix(calls=calls, missed=sum(kinds.values()), refresh=False)
-            call, calls = random_call(pick, options.losses, resize), calls + 1
-            misses = judge(call, backend)
+            call, calls = random_call(pick, losses, backend.resize, backend.room), calls + 1
+            misses = backend.judge(call)
             if not misses:
                 continue
             kind = kind_of(call, misses[0])
@@ -71,24 +78,24 @@ def campaign(options: argparse.Namespace, lines: TextIO, backend: Backend, resiz
             record = {"call": json.loads(call.json()), "misses": list(map(str, misses))}
             if kinds[kind] <= options.simplify:
                 simple = simplest(call, kind, backend)
-                misses = judge(simple, backend)
+                misses = backend.judge(simple)
                 record |= {"simple": json.loads(simple.json()), "simple_misses": list(map(str, misses))}
-                bar.write(f"{call.loss}: {misses[0]}\n  {command(simple)}")
+                bar.write(f"{call.loss}: {misses[0]}\n  {command(simple, options.backend)}")
             lines.write(json.dumps(record) + "\n")
             lines.flush()
     return kinds, calls
 
 
-def command(call: Call) -> str:
+def command(call: Call, backend: str = "cpu") -> str:
     """What repeats a call."""
-    return f"PYTHONPATH=. {sys.executable} tests/fuzz.py --repeat {shlex.quote(call.json())}"
+    return f"PYTHONPATH=. {sys.executable} tests/fuzz.py --backend {backend} --repeat {shlex.quote(call.json())}"
 
 
 def kind_of(call: Call, miss: Miss) -> tuple[str, str]:
     return call.loss, re.sub(r"\d+", "#", miss.what)
 
 
-def simplest(call: Call, kind: tuple[str, str], backend: Backend) -> Call:
+def simplest(call: Call, kind: tuple[str, str], backend: Choice) -> Call:
     """A call with a miss of the same kind of which nothing can be left out; greedy, and limited in calls."""
     left, again = _SIMPLIFICATIONS, True
     while again:
@@ -97,7 +104,7 @@ def simplest(call: Call, kind: tuple[str, str], backend: Backend) -> Call:
             left -= 1
             if left < 0:
                 return call
-            if any(kind_of(candidate, m) == kind for m in judge(candidate, backend)):
+            if any(kind_of(candidate, m) == kind for m in backend.judge(candidate)):
                 call, again = candidate, True
                 break
     return call
@@ -123,11 +130,12 @@ def simpler(call: Call) -> Iterator[Call]:
         if getattr(call.values, name) != plain:
             yield replace(call, values=replace(call.values, **{name: plain}))
     for i, level in enumerate(call.levels):
-        for other in _simpler_levels(level):
+        for other in _simpler_levels(level, alone=not (call.options.get("norm") or call.options.get("resize"))):
             yield replace(call, levels=(*call.levels[:i], other, *call.levels[i + 1 :]))
 
 
-def _simpler_levels(level: Level) -> Iterator[Level]:
+def _simpler_levels(level: Level, alone: bool) -> Iterator[Level]:
+    """alone: a channel may have one value, which is neither normalised nor resized."""
     for side in ("student", "teacher"):
         view = getattr(level, f"{side}_view")
         for changed in (View(), View(view.order), replace(view, step=View().step), replace(view, expanded=())):
@@ -138,7 +146,7 @@ def _simpler_levels(level: Level) -> Iterator[Level]:
     for d, n in enumerate(level.shape):
         for smaller in sorted({1, 2, 3, n // 2, n - 1} & set(range(1, n))):
             shape = (*level.shape[:d], smaller, *level.shape[d + 1 :])
-            if level.teacher_size is None or shape[0] * shape[2] * shape[3] > 1:  # one value is not resized to be one
+            if alone or shape[0] * shape[2] * shape[3] > 1:
                 yield replace(level, shape=shape)
 
 

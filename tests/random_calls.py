@@ -177,15 +177,18 @@ class Inputs:
         return [*self.students, *(self.module.parameters() if self.module else ())]
 
 
-def random_call(pick: Pick, losses: Sequence[str] = LOSSES, resize: bool = True) -> Call:
-    """Draw a call; ``pick`` chooses one entry of a sequence. resize: may the loss resize a map before its kernels?"""
+def random_call(pick: Pick, losses: Sequence[str] = LOSSES, resize: bool = True, room: int = 100000) -> Call:
+    """Draw a call; ``pick`` chooses one entry of a sequence.
+
+    resize: may the loss resize a map before its kernels? room: the most elements of a map.
+    """
     loss = pick(losses)
     options = _options(pick, loss, resize)
     count = pick((1, 1, 1, 2, 3, 4)) if loss in ("cwd_loss", "pkd_loss") else 1
     values = _values(pick, with_bad=loss != "MGDLoss")
     levels = []
     for _ in range(count):
-        shape = _shape(pick, loss)
+        shape = _shape(pick, loss, room)
         if options.get("norm", "pkd" if loss == "pkd_loss" else None) and shape[0] * shape[2] * shape[3] == 1:
             shape = (2, *shape[1:])
         levels.append(_level(pick, shape, options))
@@ -234,8 +237,8 @@ def _values(pick: Pick, with_bad: bool) -> Values:
     )
 
 
-def _shape(pick: Pick, loss: str) -> tuple[int, ...]:
-    room = pick((64,) * 2 + (512,) * 6 + (4096,) * 4 + (20000, 100000))
+def _shape(pick: Pick, loss: str, most: int) -> tuple[int, ...]:
+    room = min(most, pick((64,) * 2 + (512,) * 6 + (4096,) * 4 + (20000, 100000)))
     shape = {}
     if loss == "MGDLoss":
         shape["c"] = pick(WIDTHS)

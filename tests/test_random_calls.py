@@ -1,12 +1,18 @@
 """Random calls of the public losses, and whether their judge sees what is wrong."""
 
 import json
+import os
 import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import fuzz
 import pytest
 import torch
+from backends import OPERATORS, Choice
 from exact import norms
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
@@ -17,7 +23,6 @@ from kdops import _extension
 from kdops._op import Save
 
 EXAMPLES = {"cwd_loss": 400, "pkd_loss": 400, "mgd_loss": 100, "MGDLoss": 120}
-OPERATORS = ("cwd_loss", "pkd_loss", "mgd_loss")
 few = settings(
     derandomize=True,
     database=None,
@@ -91,6 +96,22 @@ def test_other_instruction_sets(instruction_set):
         _extension.extension.use_instruction_set(_extension.extension.instruction_sets()[0])
 
 
+#: Of as many calls as half a minute has room for.
+OTHERS = {"cuda90": 300, "triton90": 20, "interpreter": 30}
+
+
+@pytest.mark.parametrize("backend", OTHERS)
+def test_kernels_for_a_gpu(backend, tmp_path):
+    """Each in a process of its own."""
+    pytest.importorskip("triton")
+    if backend.startswith("cuda") and shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not installed")
+    arguments = ["--backend", backend, "--calls", str(OTHERS[backend]), "--seconds", "1000", "--out", str(tmp_path)]
+    command = [sys.executable, str(Path(fuzz.__file__)), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    assert done.returncode == 0 and f"{OTHERS[backend]} calls, 0 missed" in done.stdout, done.stdout + done.stderr
+
+
 def some_calls(count=60):
     pick = random.Random(0).choice
     return [random_call(pick) for _ in range(count)]
@@ -112,9 +133,11 @@ def test_every_call_can_be_made_simple():
         raise ValueError("no")
 
     for call in some_calls(20):
-        simple = fuzz.simplest(call, (call.loss, "raised ValueError: no"), refuse)
+        simple = fuzz.simplest(call, (call.loss, "raised ValueError: no"), Choice(refuse))
         assert len(simple.levels) == 1 and simple.values == Values() and simple.weight == 1.0
-        assert simple.levels[0] == Level((1, 1, 1, 1))
+        normalised = simple.options.get("norm") is not None
+        assert simple.levels[0] == Level(simple.levels[0].shape)
+        assert sorted(simple.levels[0].shape) == [1, 1, 1, 2 if normalised else 1]
 
 
 # ---- the judge has to see -------------------------------------------------------------------------------------------
@@ -178,10 +201,11 @@ def test_a_campaign_stores_and_repeats_its_misses(tmp_path, capsys):
         values[0].mul_(1.01)
 
     arguments = ["--seconds", "1", "--losses", "pkd_loss", "--simplify", "1", "--out", str(tmp_path)]
-    assert fuzz.main(arguments, spoilt(spoil)) == 1
+    spoils = Choice(spoilt(spoil))
+    assert fuzz.main(arguments, spoils) == 1
     lines = [json.loads(line) for line in (tmp_path / "seed0.jsonl").read_text().splitlines()]
     assert lines and all(line["misses"] for line in lines)
     repeat = ["--repeat", json.dumps(lines[0]["simple"])]
     assert "--repeat" in capsys.readouterr().out
-    assert fuzz.main(repeat, spoilt(spoil)) == 1
+    assert fuzz.main(repeat, spoils) == 1
     assert fuzz.main(repeat) == 0

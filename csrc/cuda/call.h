@@ -32,9 +32,10 @@ class Call {
 
   at::Tensor empty(at::IntArrayRef sizes) const;
   at::Tensor zero_counters(int64_t count) const;
+  // Throws where the path cannot take the maps.
+  Level level_of(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor* grad, Path path) const;
 
  private:
-  Level level_of(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor* grad, Path path) const;
   at::TensorOptions options_;
 };
 

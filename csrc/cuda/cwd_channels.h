@@ -175,7 +175,7 @@ class CwdChannel {
     float dot = 0;
     for (int n = device::lane(); n < level.batch; n += kLanes) dot += image(level, kImageDot, n);
     const float r = channel[kChannelRS], outer = r * level.grad_scale;
-    const float slope = r * outer * channel[kChannelQS] * warp_sum(dot);
+    const float slope = slope_of(r, channel[kChannelQS], level.grad_scale * warp_sum(dot));
     group_.each_piece([&](int local, int index) {
       const auto x = group_.template piece<T>(level, c, local, index);
       const GradientInputs g = {inputs(level, x.image), outer * image(level, kImageA, x.image),

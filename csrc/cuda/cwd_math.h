@@ -98,9 +98,12 @@ struct GradientInputs {
   SoftmaxInputs in;
   float a, b, slope, mean, rest;
 };
+// Without normalisation (q is 0) the images of a channel are apart: NaN in one stays there.
+KDOPS_FN float slope_of(float r, float q, float projection) { return q == 0 ? 0.0f : r * r * q * projection; }
 KDOPS_FN float gradient_of(const GradientInputs& g, float s, float t) {
   const float es = device::exp2((s - g.in.max_s) * g.in.k_s), et = device::exp2((t - g.in.max_t) * g.in.k_t);
-  return (device::multiply(g.a, es) - device::multiply(g.b, et)) - (g.slope * (s - g.mean) - g.rest);
+  const float linear = g.slope == 0 ? 0.0f : g.slope * (s - g.mean) - g.rest;  // s may be -inf
+  return (device::multiply(g.a, es) - device::multiply(g.b, et)) - linear;
 }
 
 // The statistics of a row in device memory.
@@ -124,7 +127,7 @@ KDOPS_FN float row_grad(const Problem& p, const Level& level, int64_t row) {
 // `projection`: the sum of row_grad * dot over the images of the channel.
 KDOPS_FN GradientInputs saved_gradient(const Problem& p, const Level& level, const CwdStats& stats, float projection) {
   const float r = stats(kCwdRS), outer = r * row_grad(p, level, stats.row);
-  const float slope = r * r * stats(kCwdQS) * projection;
+  const float slope = slope_of(r, stats(kCwdQS), projection);
   return {softmax_inputs(p, stats), outer / stats(kCwdZS), outer / stats(kCwdZT), slope, stats(kCwdMeanS),
           slope * stats(kCwdMeanSLo)};
 }

@@ -163,14 +163,17 @@ struct LaneMoments {
 };
 
 struct LaneCoMoments {
-  float first_s = 0, first_t = 0, first_u = 0, sum_s = 0, sum_t = 0, sum_u = 0, ss = 0, tt = 0, st = 0, uu = 0, uv = 0;
+  float first_s = 0, first_t = 0;
+  Wide first_u = {0, 0};
+  float sum_s = 0, sum_t = 0, sum_u = 0, ss = 0, tt = 0, st = 0, uu = 0, uv = 0;
   template <int V>
   KDOPS_FN void add(const float (&s)[V], const float (&t)[V], bool is_first) {
-    if (is_first) first_s = s[0], first_t = t[0], first_u = s[0] - t[0];
+    if (is_first) first_s = s[0], first_t = t[0], first_u = exact_sum(s[0], -t[0]);
 #pragma unroll
     for (int i = 0; i < V; ++i) {
-      const float ds = s[i] - first_s, dt = t[i] - first_t;
-      const float du = (s[i] - t[i]) - first_u;  // ds - dt would carry the rounding of both
+      const float ds = s[i] - first_s, dt = t[i] - first_t, u = s[i] - t[i];
+      // Of maps near one another ds - dt would carry the rounding of both, of maps with means far apart u is rounded.
+      const float du = fabsf(u) > fabsf(ds) + fabsf(dt) ? ds - dt : u - first_u.hi;
       sum_s += ds, sum_t += dt, sum_u += du;
       ss += ds * ds, tt += dt * dt, st += ds * dt, uu += du * du, uv += du * (ds + dt);
     }
@@ -178,11 +181,12 @@ struct LaneCoMoments {
   KDOPS_FN CoMoments moments(float count) const {
     const float share = device::divide(1.0f, greater(count, 1.0f));
     const float s = sum_s * share, t = sum_t * share, u = sum_u * share;
+    const Wide mean_u = exact_sum(first_u.hi, u);
     const float own_ss = ss - s * sum_s, own_tt = tt - t * sum_t, own_uu = uu - u * sum_u;
     return {count,
             exact_sum(first_s, s),
             exact_sum(first_t, t),
-            exact_sum(first_u, u),
+            {mean_u.hi, mean_u.lo + first_u.lo},
             own_ss < 0 ? 0.0f : own_ss,
             own_tt < 0 ? 0.0f : own_tt,
             st - s * sum_t,

@@ -2,6 +2,7 @@
 // these are reached where a path is asked for by number (see kdops/_cuda.py). Same statistics, same results.
 // Not run on a GPU yet.
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
 #include <torch/library.h>
 
@@ -191,12 +192,17 @@ std::vector<at::Tensor> pkd_backward(const at::Tensor& grad_output, at::TensorLi
   });
 }
 
-// Why a path cannot take these maps, or an empty text: the forward's plan without its launch.
+// Why a path cannot take these maps, or an empty text: the forward's plan without its launch, and the backward's maps,
+// as a gradient of overlapping memory lies otherwise than its map.
 template <class Loss>
 std::string refusal(at::TensorList student, at::TensorList teacher, Path path) {
   const OnDevice device(student[0]);
   try {
     Call call(student, teacher, {1.0, kBatchNorm, 0.0, 1.0, kMean}, path, false);
+    for (size_t i = 0; i < student.size(); ++i) {
+      const at::Tensor grad = at::empty_like(student[i], student[i].options().device(at::kMeta));
+      call.level_of(student[i], teacher[i], &grad, path);
+    }
     if (path != kChannelsLast) plan_channels(call.problem, path, Loss::kernels(call.dtype));
     return "";
   } catch (const std::invalid_argument& refused) {

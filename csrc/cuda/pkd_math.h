@@ -41,8 +41,7 @@ KDOPS_FN PkdChannelStats pkd_stats(const Problem& p, const CoMoments& m) {
   PkdChannelStats c = {m.s, m.t, s.r, t.r, s.q, 0, 0};
   if (2.0f * s.r < 3.0f * t.r && 2.0f * t.r < 3.0f * s.r) {
     const float d = factor_difference(p, s, t, m);
-    // The gradient wants r_S - r_T rather than r_T, and UV has it unless s - t was rounded at means far apart.
-    if (fabsf(m.u.hi) * s.r < 32.0f) c.r_t = s.r - d;
+    c.r_t = s.r - d;  // the gradient wants r_S - r_T rather than r_T, and UV has it
     c.distance = s.r * t.r * m.uu + d * (s.r * m.uv + d * m.tt);
     c.dot = 0.5f * (c.distance + s.r * s.r * m.uv + d * (s.r + t.r) * m.tt);
   } else {

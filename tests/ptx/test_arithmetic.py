@@ -195,7 +195,9 @@ APPROXIMATE = [
 ]
 
 
-@pytest.mark.parametrize("opcode, function, bounds, most, relative", APPROXIMATE, ids=str)
+@pytest.mark.parametrize(
+    "opcode, function, bounds, most, relative", APPROXIMATE, ids=[f"{x[0]}-{x[2]}" for x in APPROXIMATE]
+)
 def test_approximations_within_their_bounds(opcode, function, bounds, most, relative):
     x = np.random.default_rng(0).uniform(*bounds, 1024).astype(np.float32)
     exactly = function(x.astype(np.float64))
