@@ -188,6 +188,26 @@ def test_nan_and_inf(loss, path, bad, where, shim):
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("where", ["student", "teacher"])
+@pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
+def test_without_normalisation_rows_are_apart(bad, where, path, shim):
+    """-inf masks a position, NaN stays in its row: the gradient is finite where the eager one is."""
+    case = testing.Case("cwd_loss", {}, ((2, 5, 13, 19),), **layouts(path))
+    student, teacher = case.inputs()
+    with torch.no_grad():
+        (student if where == "student" else teacher)[1, 2, 3, 4] = bad
+    _, (expected,) = host.oracle(case, student, teacher, torch.ones(()))
+    _, stats, _ = host.forward(shim.ops, case, student, teacher, path, host.STATS)
+    gradients = host.forward(shim.ops, case, student, teacher, path, host.GRADS)[2]
+    gradients += host.backward(shim.ops, case, torch.ones(()), student, teacher, stats, path)
+    kept = expected.isfinite()
+    assert kept.any()
+    for gradient in gradients:
+        assert torch.equal(gradient.isfinite(), kept)
+        assert testing.relative_error(gradient[kept], expected[kept]) <= testing.GRADIENT_BUDGET[torch.float32]
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("loss", testing.LOSSES)
 def test_constant_channel(loss, path, shim):
     for options in testing.LOSSES[loss][1]:
@@ -243,6 +263,19 @@ def test_refusals(shim):
     assert "none to spare" in refusal(host.WAVES)
     shim.device(multiprocessors=4, busy=4)
     assert "no room" in refusal(host.WAVES)
+
+
+def test_a_refusal_sees_the_backward(shim):
+    """The gradient of overlapping memory lies otherwise than its map: what takes the one may not take the other."""
+    student = torch.randn(2, 4, 1, 1, dtype=torch.float16).expand(2, 4, 3, 5)
+    student = student.contiguous(memory_format=torch.channels_last)[:, :, :1, :1].expand(2, 4, 3, 5)
+    teacher = torch.randn(2, 4, 3, 5).half().contiguous(memory_format=torch.channels_last)
+    _, stats, _ = shim.ops.pkd_loss_cuda([student], [teacher], 1, 1e-5, 1.0, 0, host.STATS, host.CHANNELS_LAST)
+    grad_output = torch.ones(())
+    arguments = (grad_output, [student], [teacher], stats, 1, 1e-5, 1.0, 0, host.CHANNELS_LAST)
+    with pytest.raises(NotImplementedError, match="not channels_last"):
+        shim.ops.pkd_loss_backward_cuda(*arguments)
+    assert "not channels_last" in shim.ops.cuda_refusal("pkd_loss", host.CHANNELS_LAST, [student], [teacher])
 
 
 def on_one_level() -> tuple:

@@ -89,6 +89,25 @@ def test_pkd_of_a_student_near_its_teacher(distance, options, path, shim):
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("options", testing.LOSSES["pkd_loss"][1], ids=options_id)
+@pytest.mark.parametrize("shape", [(2, 6, 40, 41), (5, 6, 1, 1)], ids=str)
+def test_pkd_of_maps_with_means_far_apart(shape, options, path, shim):
+    """Their difference is rounded to 6e-5 of a deviation, and so is that of their distances where it alone is used."""
+    case = case_on(path, "pkd_loss", {**options, "eps": 1e-6}, shape)
+    student, teacher = case.inputs(seed=3)
+    with torch.no_grad():
+        teacher.copy_(student - student.mean((0, 2, 3), keepdim=True))
+        teacher += 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(5))
+        student += 1000
+        teacher -= 1000
+    values, (expected,) = host.oracle(case, student, teacher, torch.ones(()))
+    eager_value, eager_gradient = eager_errors(case, student, teacher, values, expected)
+    for value, gradient in results(shim.ops, case, student, teacher, path):
+        assert testing.relative_error(value, values) <= max(testing.VALUE_BUDGET[torch.float32], 4 * eager_value)
+        assert testing.relative_error(gradient, expected) <= 4 * eager_gradient + 1e-6
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("norm", [None, "batch", "pkd"])
 @pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3])
 def test_cwd_of_a_student_near_its_teacher(distance, norm, path, shim):
