@@ -13,6 +13,8 @@ MMVENV := .venv-openmmlab
 MMCV_WHEEL ?=
 # Arguments for the program behind a target: make demo ARGS="--epochs 4"
 ARGS ?=
+# Processes that share the tests: one for each core, 8 at most.
+WORKERS := -n auto --maxprocesses 8 --dist worksteal
 # How long make fuzz runs.
 SECONDS ?= 600
 
@@ -31,7 +33,7 @@ demo: $(VENV)/.ready
 	$(VENV)/bin/python -m kdops.integrations.pytorch.demo $(ARGS)
 
 test: $(VENV)/.ready
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest $(WORKERS) $(ARGS)
 
 test-ptx: $(VENV)/.ready
 	PYTHONPATH=tests $(VENV)/bin/python -m ptx.long $(ARGS)
