@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 PIP := $(VENV)/bin/pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt
 # What is installed as "torch": another version or index line for those who want one. Its names are not constrained.
 TORCH ?= torch torchvision
-FREE := $(if $(filter file,$(origin TORCH)),,torch torchvision triton setuptools $(TORCH))
+FREE := $(if $(filter file,$(origin TORCH)),,torch torchvision triton setuptools $(subst ",,$(TORCH)))
 SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 PYTHONS := $(shell find kdops integrations -name '*.py')
 # OpenMMLab's environment, and a wheel of mmcv for it: without one, mmcv is built from source.
