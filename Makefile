@@ -58,7 +58,7 @@ $(VENV)/.packages: constraints.txt
 	@touch $@
 
 $(VENV)/.ready: $(VENV)/.packages pyproject.toml setup.py $(SOURCES)
-	$(PIP) --no-build-isolation -e ".[demo,test]"
+	$(PIP) --no-build-isolation -e ".[demo,test]" $(TORCH)
 	@touch $@
 
 $(MMVENV)/.ready: tests/openmmlab/setup.sh integrations/requirements-openmmlab.txt pyproject.toml setup.py $(SOURCES) $(PYTHONS)
