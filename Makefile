@@ -5,7 +5,7 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 PIP := $(VENV)/bin/pip install --disable-pip-version-check -q -c $(VENV)/constraints.txt
 # What is installed as "torch": another version or index line for those who want one. Its names are not constrained.
 TORCH ?= torch torchvision
-FREE := $(if $(filter file,$(origin TORCH)),,torch torchvision triton setuptools $(TORCH))
+FREE := $(if $(filter file,$(origin TORCH)),,torch torchvision triton setuptools $(subst ",,$(TORCH)))
 SOURCES := $(shell find csrc -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 PYTHONS := $(shell find kdops integrations -name '*.py')
 # OpenMMLab's environment, and a wheel of mmcv for it: without one, mmcv is built from source.
@@ -60,7 +60,7 @@ $(VENV)/.packages: constraints.txt
 	@touch $@
 
 $(VENV)/.ready: $(VENV)/.packages pyproject.toml setup.py $(SOURCES)
-	$(PIP) --no-build-isolation -e ".[demo,test]"
+	$(PIP) --no-build-isolation -e ".[demo,test]" $(TORCH)
 	@touch $@
 
 $(MMVENV)/.ready: tests/openmmlab/setup.sh integrations/requirements-openmmlab.txt pyproject.toml setup.py $(SOURCES) $(PYTHONS)

@@ -6,7 +6,10 @@ import math
 import pytest
 import torch
 from PIL import Image
+from torchvision_import import skip_where_torchvision_is_broken
 
+skip_where_torchvision_is_broken()
+pytest.importorskip("torchvision")
 pytest.importorskip("pycocotools")
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")

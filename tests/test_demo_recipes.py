@@ -2,7 +2,10 @@
 
 import pytest
 import torch
+from torchvision_import import skip_where_torchvision_is_broken
 
+skip_where_torchvision_is_broken()
+pytest.importorskip("torchvision")
 pytest.importorskip("pycocotools")
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")

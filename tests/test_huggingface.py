@@ -13,7 +13,9 @@ import torch
 from distill_networks import LAYERS as SMALL_LAYERS
 from distill_networks import Detector
 from torch import Tensor, nn
+from torchvision_import import skip_where_torchvision_is_broken
 
+skip_where_torchvision_is_broken()
 pytest.importorskip("transformers", reason="needs transformers: pip install transformers accelerate timm")
 pytest.importorskip("accelerate", reason="needs accelerate: pip install accelerate")
 if not importlib.import_module("transformers").is_torch_available():

@@ -11,7 +11,9 @@ import pytest
 import torch
 from distill_networks import LAYERS, Detector, images, pair, targets
 from torch import Tensor, nn
+from torchvision_import import skip_where_torchvision_is_broken
 
+skip_where_torchvision_is_broken()
 pytest.importorskip("lightning", reason="needs Lightning: pip install lightning")
 from kdops.integrations.pytorch.lightning import DistillationCallback  # noqa: E402
 from lightning.pytorch import LightningModule, Trainer  # noqa: E402

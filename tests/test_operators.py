@@ -70,6 +70,20 @@ def test_scale_gradients(dtype, instruction_set, poisoned):
         assert torch.equal(x, expected)
 
 
+def test_fp16_where_subnormals_are_flushed(instruction_set):
+    """As after torch.set_flush_denormal, or loading a library built with -ffast-math: fp16's are normal in fp32."""
+    magnitude = torch.arange(2048, dtype=torch.int16)  # all subnormals, and as many normal numbers
+    x = torch.cat((magnitude.view(torch.float16), -magnitude.view(torch.float16)))
+    factor = torch.tensor(0.37)
+    expected = (x.float() * factor).half()
+    assert torch.set_flush_denormal(True)
+    try:
+        (scaled,) = torch.ops.kdops.scale_gradients([x], factor)
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(scaled, expected)
+
+
 @pytest.mark.parametrize("loss", testing.LOSSES)
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
 def test_gradcheck(loss, layout):

@@ -8,11 +8,20 @@ import torch
 from kdops.testing import LAYOUTS, laid_out
 
 triton = pytest.importorskip("triton")
-from triton_compile import channels_last, compiled, crop, flat_kernels, group, kernels, nchw  # noqa: E402
+from triton_compile import (  # noqa: E402
+    SHARED_LIMIT,
+    channels_last,
+    compiled,
+    crop,
+    flat_kernels,
+    group,
+    kernels,
+    known,
+    nchw,
+)
 
 from kdops._triton.plan import _groups, groups, plan_tiles  # noqa: E402
 
-SHARED_LIMIT = 48 * 1024  # what any architecture gives a block without asking
 FULL = ((32, 256, 80, 80),)
 PYRAMID = ((8, 256, 200, 304), (8, 256, 100, 152), (8, 256, 50, 76), (8, 256, 25, 38), (8, 256, 13, 19))
 SMALL = ((8, 192, 20, 20),)
@@ -67,6 +76,10 @@ def test_kernels_compile_without_spills(architecture, shapes, strides, student, 
                 assert resources.loads[16] == wide, f"{name}: {resources}, {wide} wide loads"
         seen.append(name)
     assert len(seen) == 13 and len(set(seen)) == 9
+
+
+def test_the_wheel_knows_architectures():
+    assert known(80) and known(90) and not known(999)
 
 
 @pytest.mark.parametrize("architecture", [80, 90, 100])

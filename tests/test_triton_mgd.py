@@ -5,11 +5,8 @@ import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton")
-import triton  # noqa: E402
 import triton.language as tl  # noqa: E402
-from triton.backends.compiler import GPUTarget  # noqa: E402
-from triton.compiler import ASTSource  # noqa: E402
-from triton_compile import _ptxas  # noqa: E402
+from triton_compile import SHARED_LIMIT, measured  # noqa: E402
 from triton_interpreter import (  # noqa: E402
     BFLOAT16_BUDGET,
     DEVICE,
@@ -244,14 +241,7 @@ if not INTERPRETED:
     @pytest.mark.parametrize("architecture, dtype, biased", VARIANTS)
     def test_kernels_compile_without_spills(architecture, dtype, biased):
         for kernel, types, constants in kernels(dtype, biased):
-            options = {"num_warps": constants.pop("num_warps", 4)}
             constants |= {name: None for name, kind in types.items() if kind is None}
-            names = kernel.arg_names
-            signature = {n: "constexpr" if n in constants else types[n] for n in names}
-            aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if signature[n].startswith("*")}
-            values = {(names.index(k),): v for k, v in constants.items()}
-            source = ASTSource(kernel, signature, values, aligned)
-            binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-            name = kernel.fn.__name__
-            assert " 0 bytes spill stores, 0 bytes spill loads" in _ptxas(binary.asm["ptx"]), name
-            assert binary.metadata.shared <= 48 * 1024, name
+            resources = measured(kernel, types, constants, architecture)
+            assert resources.spilled == 0, f"{kernel.fn.__name__}: {resources}"
+            assert resources.shared <= SHARED_LIMIT, f"{kernel.fn.__name__}: {resources}"

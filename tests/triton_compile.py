@@ -7,9 +7,11 @@ import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -20,6 +22,7 @@ from kdops._triton.plan import MERGE, Group, Map, _groups
 from kdops._triton.scale import scale_kernel
 from kdops._triton.tiles import fill_strides, fill_table
 
+SHARED_LIMIT = 48 * 1024  # what any architecture gives a block without asking
 _POINTERS = ("table", "parts", "stats", "losses", "go", "source", "out")
 _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 
@@ -74,22 +77,33 @@ def flat_kernels() -> Iterator[tuple[Any, dict[str, Any]]]:
 
 
 def compiled(kernel: Any, constants: dict[str, Any], launch: Group, architecture: int) -> Resources:
-    """Compile one kernel for sm_`architecture` and measure the outcome."""
-    options = {k: v for k, v in constants.items() if k in ("num_warps", "maxnreg")}
-    constants = {k: v for k, v in constants.items() if k not in options}
+    """Compile one kernel of a launch for sm_`architecture` and measure the outcome."""
     names = kernel.arg_names
     acc = "*" + _NAMES[launch.acc]
     types = {"table": "*i64", "source": "*bf16", "out": "*bf16"}
-    signature = {n: "constexpr" if n in constants else types.get(n, acc) if n in _POINTERS else "i64" for n in names}
-    aligned = [i for i, n in enumerate(names) if n in (*_POINTERS, "size")]  # size: of scale_kernel, mostly even
+    types = {n: types.get(n, acc) if n in _POINTERS else "i64" for n in names if n not in constants}
+    return measured(kernel, types, constants, architecture, aligned=("size",))  # of scale_kernel, mostly even
+
+
+def measured(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], architecture: int, aligned: tuple[str, ...] = ()
+) -> Resources:
+    """The same for arguments of these types; pointers and what is named are multiples of 16."""
+    if not known(architecture):
+        pytest.skip(f"Triton {triton.__version__} does not know sm_{architecture}")
+    options = {k: v for k, v in constants.items() if k in ("num_warps", "maxnreg")}
+    constants = {k: v for k, v in constants.items() if k not in options}
+    names = kernel.arg_names
+    signature = {n: "constexpr" if n in constants else types[n] for n in names}
+    even = [i for i, n in enumerate(names) if n in aligned or signature[n].startswith("*")]
     if tuple(int(x) for x in triton.__version__.split(".")[:2]) >= (3, 3):
-        attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
+        attributes = {(i,): [["tt.divisibility", 16]] for i in even}
         source = ASTSource(kernel, signature, {(names.index(k),): v for k, v in constants.items()}, attributes)
     else:
         from triton.compiler.compiler import AttrsDescriptor
 
         signature = {k: v for k, v in signature.items() if v != "constexpr"}
-        source = ASTSource(kernel, signature, constants, AttrsDescriptor(tuple(aligned), ()))
+        source = ASTSource(kernel, signature, constants, AttrsDescriptor(tuple(even), ()))
     binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     report = _ptxas(binary.asm["ptx"])
     widths = re.findall(r"\bld\.global\S*?(?:\.v(\d))?\.b(\d+)", binary.asm["ptx"])
@@ -101,10 +115,23 @@ def compiled(kernel: Any, constants: dict[str, Any], launch: Group, architecture
     )
 
 
+def known(architecture: int) -> bool:
+    """Whether the wheel's tools know sm_`architecture`; where ptxas does not, its LLVM would end the process."""
+    return _run_ptxas(".version 7.0\n.target sm_80\n.address_size 64\n", f"sm_{architecture}")[0]
+
+
 def _ptxas(ptx: str) -> str:
-    """What `ptxas -v` of the triton wheel prints; wheels may carry a second one for the newest architectures."""
+    """What `ptxas -v` of the triton wheel prints."""
+    taken, report = _run_ptxas(ptx, re.search(r"\.target\s+(sm_\w+)", ptx).group(1))
+    if not taken:
+        raise RuntimeError(f"no ptxas of the triton wheel takes this kernel: {report}")
+    return report
+
+
+@lru_cache(maxsize=8)
+def _run_ptxas(ptx: str, target: str) -> tuple[bool, str]:
+    """Whether a ptxas of the wheel takes it, and its words; wheels may carry a second one for the newest targets."""
     tools = sorted((Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*"))
-    target = re.search(r"\.target\s+(sm_\w+)", ptx).group(1)
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
@@ -112,5 +139,5 @@ def _ptxas(ptx: str) -> str:
             command = [str(tool), "-v", f"-arch={target}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
             done = subprocess.run(command, capture_output=True, text=True)
             if done.returncode == 0:
-                return done.stdout + done.stderr
-    raise RuntimeError(f"no ptxas of the triton wheel takes this kernel: {done.stderr}")
+                return True, done.stdout + done.stderr
+    return False, done.stderr

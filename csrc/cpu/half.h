@@ -20,9 +20,10 @@ inline uint32_t bits_from_float(float f) {
 inline float float_from_half(uint16_t half) {
   const uint32_t sign = (half & 0x8000u) << 16, magnitude = half & 0x7fffu;
   if (magnitude >= 0x7c00u) return float_from_bits(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
-  // The exponent is rebiased by a multiplication with 2^112, which makes subnormals normal too.
-  const float value = float_from_bits(magnitude << 13) * 5192296858534827628530496329220096.0f;
-  return float_from_bits(sign | bits_from_float(value));
+  // Not by arithmetic on the bits of a subnormal, which is 0 where a thread flushes those.
+  const uint32_t normal = (magnitude << 13) + 0x38000000u;
+  const uint32_t subnormal = bits_from_float(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
+  return float_from_bits(sign | (magnitude < 0x400u ? subnormal : normal));
 }
 
 inline uint16_t half_from_float(float f) {

@@ -6,9 +6,8 @@ mgd_difference_ 6 (12), forward 4 (8), backward 6 (12). Counted, not measured: n
 Maps are walked in memory order; a teacher in another memory format is copied into the generated map's first.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from typing import Optional
 
 import torch
 import triton
@@ -119,7 +118,7 @@ def backward(
     return grads
 
 
-def mgd_difference_(generated: Tensor, bias: Tensor | None, teacher: Tensor, scale: float) -> Tensor:
+def mgd_difference_(generated: Tensor, bias: Optional[Tensor], teacher: Tensor, scale: float) -> Tensor:
     """generated = scale * (generated + bias - teacher); returns the sum of the squares of the difference."""
     acc = _accumulation([generated, teacher])
     return _difference(generated, teacher, generated, bias=bias, scale=scale, acc=acc)
@@ -149,13 +148,13 @@ def mgd_relu_backward_(grad: Tensor, bits: Tensor) -> None:
 def _difference(
     s: Tensor,
     t: Tensor,
-    out: Tensor | None,
+    out: Optional[Tensor],
     *,
     acc: torch.dtype,
-    bias: Tensor | None = None,
-    factor: Tensor | None = None,
+    bias: Optional[Tensor] = None,
+    factor: Optional[Tensor] = None,
     scale: float = 1.0,
-) -> Tensor | None:
+) -> Optional[Tensor]:
     """Writes factor, or else scale, * (s + bias - t) to out, if given; without a factor returns the sum of squares."""
     dense = s.is_contiguous() or s.is_contiguous(memory_format=torch.channels_last)
     order = s if dense else s.contiguous()

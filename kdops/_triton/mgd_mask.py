@@ -4,9 +4,8 @@ A program draws the mask of its positions once and goes over all channels with i
 fp32, counted, not measured: it has not been run on a GPU yet.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
+from typing import Optional
 
 import torch
 import triton
@@ -83,9 +82,9 @@ def mgd_mask(seed: Tensor, threshold: int, shape: Sequence[int]) -> Tensor:
 def mgd_apply_mask_(
     out: Tensor,
     x: Tensor,
-    bias: Tensor | None,
-    keep: Tensor | None,
-    seed: Tensor | None,
+    bias: Optional[Tensor],
+    keep: Optional[Tensor],
+    seed: Optional[Tensor],
     threshold: int,
     on_channel: bool,
 ) -> None:

@@ -3,8 +3,6 @@
 4 B per element in bf16 and 8 B in fp32, counted, not measured: it has not been run on a GPU yet.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

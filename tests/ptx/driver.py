@@ -2,7 +2,7 @@
 
 Launches go through Triton's own front door, JITFunction.run: argument binding, specialisation, the comparison of global
 values, the limits of the device. Only the last stage of compilation, ptxas, gives way: the PTX is the binary. For
-Triton 3.4 to 3.8; what differs between them is met here.
+Triton 3.4 to 3.9; what differs between them is met here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler
 
-from . import memory, mode
+from . import mode
 from .interpreter import Module, PtxError
 
 #: Bytes of shared memory that a block may have.
@@ -126,6 +126,5 @@ def install(architecture: int) -> None:
     """Every launch of this process from now on."""
     if architecture not in _SHARED:
         raise ValueError(f"architectures that the launch layer knows: {sorted(_SHARED)}, got {architecture}")
-    memory.install()
     compiler.CUDABackend.make_cubin = lambda self, source, *rest: source.encode()
     triton.runtime.driver.set_active(Driver(architecture))

@@ -6,7 +6,7 @@ import os
 from collections import Counter
 from typing import Any
 
-from . import build
+from . import build, memory
 from .interpreter import Module, Options, Result, checked
 
 #: 80, 90 or 100 where kernels run as PTX.
@@ -24,6 +24,7 @@ def start(target: int, changes: dict[str, Any]) -> None:
     architecture = target
     for name, value in changes.items():
         setattr(options, name, value)
+    memory.install()
     # A cache of its own: here the compiler's last stage leaves PTX where others expect machine code.
     os.environ["TRITON_CACHE_DIR"] = str(build.cache_folder() / "triton")
     try:
@@ -37,8 +38,6 @@ def start(target: int, changes: dict[str, Any]) -> None:
 
 def launch(module: Module, entry: str, grid: tuple, block: tuple, parameters: bytes, **where: Any) -> Result:
     """Run an entry on all of PyTorch's memory; raises what is found."""
-    from . import memory
-
     launches.append((module, entry, grid, block, parameters, where))
     result = module.launch(entry, grid, block, parameters, memory.allocations(), options=options, **where)
     results.append(result)

@@ -1,6 +1,8 @@
 """The project's own kernels as PTX for sm_90: some cases of each of their tests. `make test-ptx` runs them all."""
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,3 +32,13 @@ if mode.architecture is None:
     @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
     def test_cuda_kernels():
         run_pytest("--ptx=90", "--ptx-cases=2", *(str(TESTS / name) for name in CUDA))
+
+    def test_memory_is_known_without_triton():
+        """As with PyTorch's CPU builds, which bring none."""
+        code = (
+            "import sys; sys.modules['triton'] = None;"
+            "from ptx import memory, mode; mode.start(90, {});"
+            "import torch; x = torch.zeros(5);"
+            "assert (x.data_ptr(), x.data_ptr() + 20) in memory.allocations()"
+        )
+        subprocess.run([sys.executable, "-c", code], cwd=TESTS, check=True)
