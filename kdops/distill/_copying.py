@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["copy_sharing"]
+__all__ = ["copy_sharing", "copy_sharing_tensors"]
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -21,3 +22,14 @@ def copy_sharing(module: Kind, memo: dict[int, Any], shared: Sequence[str], **ch
     kept = {name: state.pop(name) for name in shared}
     twin.__setstate__({**copy.deepcopy(state, memo), **kept, **changes})
     return twin
+
+
+def copy_sharing_tensors(module: Kind) -> Kind:
+    """Deep-copy a module whose parameters and buffers are others, frozen, on the same memory."""
+    tensors = chain(module.parameters(), module.buffers())
+    return copy.deepcopy(module, {id(tensor): _frozen_twin(tensor) for tensor in tensors})
+
+
+def _frozen_twin(tensor: Tensor) -> Tensor:
+    twin = tensor.detach()
+    return nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin
