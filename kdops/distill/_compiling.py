@@ -41,7 +41,8 @@ class CompiledParts:
         self._network, self._leave = network, leave
         self._names = {module: name for name, module in network.named_modules()}
         device = next((p.device.type for p in network.parameters()), "cpu")
-        self._freezes = device == "cpu"  # where it packs the weights; on a GPU it would only keep them twice
+        # On a CPU it packs the weights; on a GPU it would only keep them twice.
+        self._freezes = device == "cpu" and _kept_by_pytorch() is not None
         self._options = _graph_capture() if device == "cuda" else None
         self._parts: dict[nn.Module, _Part] = {}
         self._generated: list[Any] = []
@@ -56,9 +57,9 @@ class CompiledParts:
     def __call__(self, network: nn.Module, *args: Any, **kwargs: Any) -> None:
         """Run the network."""
         import torch._inductor.config  # not when kdops is imported, as it brings the compiler along
-        from torch._inductor.codecache import PyCodeCache
 
-        generated = getattr(PyCodeCache, "modules", [])
+        kept = _kept_by_pytorch()
+        generated = [] if kept is None else kept
         before = len(generated)
         with self._in_place(), torch._inductor.config.patch(freezing=self._freezes):
             try:
@@ -160,6 +161,16 @@ def _without_result(
 ) -> None:
     """Run the network for its hooks alone, so that the compiler leaves out what they do not need."""
     call(network, *args, **kwargs)
+
+
+def _kept_by_pytorch() -> list[Any] | None:
+    """The generated modules, which PyTorch keeps with the weights that are frozen in them.
+
+    None for older versions, which take a module that they have for another network of the same form.
+    """
+    from torch._inductor.codecache import PyCodeCache
+
+    return getattr(PyCodeCache, "modules", None)
 
 
 def _graph_capture() -> dict[str, Any]:
