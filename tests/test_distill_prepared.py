@@ -157,16 +157,37 @@ def test_tap_before_an_inplace_activation_is_refused_as_without_options():
             prepared(settle(Teacher(nn.Identity())), ["stem.1"], options)
 
 
-def test_hooks_of_a_layer_keep_it():
+@pytest.mark.parametrize(
+    "layer, reason",
+    [
+        ("middle.0", "a tap or a hook needs 'middle.0' as it is"),
+        ("middle.1", "it has hooks"),
+        ("middle", None),
+    ],
+)
+def test_hooks_of_a_layer_keep_it(layer, reason):
     torch.manual_seed(0)
     teacher = settle(Teacher(block(8, 8)))
-    seen = []
-    teacher.middle[0].register_forward_hook(lambda *_: seen.append(1))
+    seen = Seen()
+    teacher.get_submodule(layer).register_forward_hook(seen.hook)
     distiller = prepared(teacher, ["out"])
-    assert distiller.teacher_report.folded == ["stem.0"]
-    assert list(distiller.teacher_report.left.values()) == ["it or 'middle.0' has hooks"]
-    assert seen, "the hook is called in the copies"
+    assert distiller.teacher_report.folded == ["stem.0"] + ["middle.0"] * (reason is None)
+    assert list(distiller.teacher_report.left.values()) == [reason] * (reason is not None)
+    seen.types.clear()
+    maps_of(distiller, images())
+    assert seen.types == [Tensor], "its owner sees the copy run, and nothing but maps"
     check_maps(distiller, teacher, ["out"])
+
+
+class Seen:
+    """Somebody's own hook."""
+
+    def __init__(self) -> None:
+        self.types: list[type] = []
+
+    def hook(self, _module: nn.Module, _args: tuple, output: Tensor) -> None:
+        self.types.append(type(output))
+        assert isinstance(output, Tensor)
 
 
 def _state(network: nn.Module) -> list:

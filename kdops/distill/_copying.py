@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-__all__ = ["copy_sharing", "copy_sharing_tensors"]
+__all__ = ["copy_sharing", "copy_sharing_tensors", "hooks_of"]
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -25,9 +25,19 @@ def copy_sharing(module: Kind, memo: dict[int, Any], shared: Sequence[str], **ch
 
 
 def copy_sharing_tensors(module: Kind) -> Kind:
-    """Deep-copy a module whose parameters and buffers are others, frozen, on the same memory."""
-    tensors = chain(module.parameters(), module.buffers())
-    return copy.deepcopy(module, {id(tensor): _frozen_twin(tensor) for tensor in tensors})
+    """Deep-copy a module whose parameters and buffers are others, frozen, on the same memory.
+
+    Hooks are the same objects, so that whoever put them there sees the copy run.
+    """
+    memo: dict[int, Any] = {id(hook): hook for part in module.modules() for hook in hooks_of(part)}
+    memo.update({id(tensor): _frozen_twin(tensor) for tensor in chain(module.parameters(), module.buffers())})
+    return copy.deepcopy(module, memo)
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """The hooks around a module's forward, without those that a copy does not take along."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return [hook for hook in hooks if not hasattr(hook, "__deepcopy__")]
 
 
 def _frozen_twin(tensor: Tensor) -> Tensor:

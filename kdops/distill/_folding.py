@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kdops.distill._capture import inert
-from kdops.distill._copying import copy_sharing_tensors
+from kdops.distill._copying import copy_sharing_tensors, hooks_of
 
 __all__ = ["fold_batch_norms"]
 
@@ -39,7 +39,8 @@ def fold_batch_norms(network: nn.Module, kept: Collection[str]) -> tuple[list[st
     """
     names = {module: name for name, module in network.named_modules()}
     uses = _Uses()
-    traced = copy_sharing_tensors(network)  # code that runs during a trace may leave traces
+    kept = [*kept, *(name for module, name in names.items() if _hooked(module))]
+    traced = _without_hooks(copy_sharing_tensors(network))  # code that runs during a trace may leave traces
     _trace(traced, {module: name for name, module in traced.named_modules()}, uses)
     folded, left = [], {}
     for norm in [module for module in names if _is_batch_norm(module)]:
@@ -131,10 +132,10 @@ def _why_not(
         return f"'{source}' is a {type(convolution).__name__}, not one of PyTorch's plain convolutions"
     if type(convolution) in _TRANSPOSED and convolution.groups > 1:
         return f"'{source}' is a transposed convolution in groups"
-    if _hooked(convolution) or _hooked(norm):
-        return f"it or '{source}' has hooks"
+    if _hooked(norm):
+        return "it has hooks"
     if any(_inside(source, layer) and not _inside(name, layer) for layer in kept):
-        return f"a tap needs '{source}' as it is"
+        return f"a tap or a hook needs '{source}' as it is"
     return None
 
 
@@ -165,12 +166,14 @@ def _is_batch_norm(module: nn.Module) -> bool:
 
 
 def _hooked(module: nn.Module) -> bool:
-    return any(hook is not inert for hook in _hooks(module))
+    return any(hook is not inert for hook in hooks_of(module))
 
 
-def _hooks(module: nn.Module) -> Iterator[Any]:
-    yield from module._forward_hooks.values()
-    yield from module._forward_pre_hooks.values()
+def _without_hooks(network: nn.Module) -> nn.Module:
+    for module in network.modules():
+        module._forward_pre_hooks.clear()
+        module._forward_hooks.clear()
+    return network
 
 
 def _inside(name: str, layer: str) -> bool:
