@@ -98,11 +98,13 @@ def test_parts_of_a_teacher_that_is_no_graph(caplog):
     assert not any("forward" in vars(module) for module in distiller.teacher.modules())
 
 
-def test_memory_is_given_back_at_the_stop():
-    def packed() -> int:
-        gc.collect()
-        return sum(type(o) is Tensor and o.is_mkldnn for o in gc.get_objects())
+def packed() -> int:
+    """How many weights are frozen, in the form that the CPU's library computes with."""
+    gc.collect()
+    return sum(type(o) is Tensor and o.is_mkldnn for o in gc.get_objects())
 
+
+def test_memory_is_given_back_at_the_stop():
     before = packed()
     distiller = _distiller(Student(), lambda: _teacher(nn.Conv2d(8, 8, 3, padding=1)), ("out",))
     _step(distiller, _images())
@@ -117,8 +119,10 @@ def test_memory_is_given_back_at_the_stop():
 def test_moved_teacher_is_compiled_anew():
     teacher = _teacher(nn.Identity())
     distiller = _distiller(Student(), teacher, ("out",))
+    before = packed()
     _check(distiller, teacher, _images(), ("out",))
     distiller.to(torch.float64)
+    assert packed() == before, "what was frozen for the old weights is held"
     distiller.student.to(torch.float64)
     teacher.to(torch.float64)
     _check(distiller, teacher, _images().double(), ("out",))

@@ -81,7 +81,6 @@ class Prepared(Frozen):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Put the hooks on again, unless the network is gone."""
         state = dict(state)
-        self.report, self._parts = None, None
         report = state.pop("report")
         super().__setstate__(state)
         self.report, self.checked = report, report is not None
