@@ -35,7 +35,7 @@ from transformers import (  # noqa: E402
 from transformers.utils.import_utils import check_torch_load_is_safe  # noqa: E402
 
 from kdops import CWDLoss  # noqa: E402
-from kdops.distill import Distiller, ProgressiveDistillation, Stage, StopDistillation, Tap  # noqa: E402
+from kdops.distill import Distiller, ProgressiveDistillation, Stage, StopDistillation, Tap, TeacherOptions  # noqa: E402
 
 LAYERS = [f"model.encoder_input_proj.{i}" for i in range(3)]
 WIDTHS = (8, 12)
@@ -295,6 +295,22 @@ def test_teacher_and_align_layers_follow_mixed_precision(tmp_path):
     assert set(seen) == {torch.bfloat16} and len(seen) == 2 * len(LAYERS)
     assert all(p.dtype == torch.float32 for p in (*student.parameters(), *distiller.parameters()))
     assert trainer.state.log_history[0]["distill/" + "+".join(LAYERS)] > 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}])
+def test_prepared_teacher_gives_the_losses_of_the_given_one(settings, tmp_path):
+    logs = {}
+    for options in (None, TeacherOptions(compile=False)):
+        student, teacher = _networks()
+        distiller = _distiller(student, teacher, teacher_options=options)
+        trainer = _trainer(student, distiller, tmp_path / str(options is None), max_steps=3, **settings)
+        trainer.train()
+        name = "distill/" + "+".join(LAYERS)
+        logs[options] = [entry[name] for entry in trainer.state.log_history if name in entry]
+        assert (distiller.teacher is teacher) == (options is None)
+    plain, prepared = logs.values()
+    assert len(plain) == 3 and prepared == pytest.approx(plain, rel=1e-2 if settings else 1e-5)
+    assert distiller.teacher_report.differences
 
 
 def test_evaluation_and_a_users_own_trainer(tmp_path):
