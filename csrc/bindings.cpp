@@ -1,5 +1,5 @@
 // The Python module kdops._C. Importing it registers the CPU kernels (and the CUDA kernels, where they are built)
-// with the dispatcher; what it holds itself is for bug reports, tests and benchmarks.
+// with the dispatcher; its own functions are for bug reports, tests and benchmarks.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/version.h>

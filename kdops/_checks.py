@@ -1,4 +1,4 @@
-"""Checks of the losses' arguments: what is refused, and in which words, once for every loss."""
+"""Checks of the losses' arguments and the texts of their errors, once for every loss."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BACKENDS = ("auto", "fused", "reference")
 
 
 def levels(loss: str, student: Any, teacher: Any) -> tuple[list[Tensor], list[Tensor], bool]:
-    """Return student and teacher as equally long lists of maps, and whether they came as single tensors."""
+    """Return student and teacher as equally long lists of maps, and whether they were given as single tensors."""
     single = isinstance(student, Tensor)
     if single and isinstance(teacher, Tensor):
         return [student], [teacher], True
@@ -57,8 +57,8 @@ def maps(
         if t.requires_grad:
             raise ValueError(
                 f"{where}teacher must not require grad, as no gradient is computed for it, got requires_grad=True: "
-                "run the teacher under torch.no_grad() or pass teacher.detach(); a layer behind the teacher that is to "
-                "train (a connector, an align layer) would learn nothing here: put it on the student's side"
+                "run the teacher under torch.no_grad() or pass teacher.detach(); a trainable layer after "
+                "the teacher (a connector, an align layer) would get no gradient here: put it on the student's side"
             )
         if norm is not None and s.shape[0] * s.shape[2] * s.shape[3] == 1:
             raise ValueError(
@@ -99,7 +99,7 @@ def eps(loss: str, norm: str | None, value: Any) -> float:
 
 
 def choice(loss: str, name: str, value: Any, allowed: Sequence[Any]) -> None:
-    """One of a few names."""
+    """Check that the value is one of the allowed names."""
     if not (value is None or isinstance(value, str)) or value not in allowed:
         listed = ", ".join(repr(a) for a in allowed)
         raise ValueError(f"{loss}: {name} must be one of {listed}, got {value!r}")
@@ -121,7 +121,7 @@ def _check_map(where: str, name: str, x: Any) -> None:
 
 
 def _holds_levels(value: Any) -> bool:
-    """A list or any other iterable, but not a tensor, whose items are its images, nor a dict, whose items are names."""
+    """Whether it is an iterable of maps: no tensor, which iterates over images, and no dict, which does over names."""
     if isinstance(value, (list, tuple)):
         return True
     return isinstance(value, Iterable) and not isinstance(value, (Tensor, Mapping, str, bytes))

@@ -1,14 +1,14 @@
 """Which kernels serve a loss on a GPU: Triton's, or a path of the CUDA C++ kernels (csrc/cuda).
 
-`RULES` is the one table. A path is taken by shape, dtype, layout, compute capability and an occupancy query, never by
-timing at run time: winners would differ between ranks and runs, and change the numerics. None of the CUDA C++ kernels
-has run on a GPU yet, so ``faster_on`` is empty throughout and Triton serves every call; `forced` reaches a path for
-tests and benchmarks.
+`RULES` is the only table. A path is chosen by shape, dtype, layout, compute capability and an occupancy query, never by
+timing at run time: the fastest path would differ between ranks and runs, and so would the results. ``faster_on`` is
+empty in every rule until a GPU has been measured (see DESIGN.md), so Triton serves every call; `forced` selects a path
+for tests and benchmarks.
 
-Where the gradient is computed. The kernels do both: from saved statistics in the backward (4 bytes an element in the
-forward and 6 in the backward, half precision, on chip), or in the forward (6, and 4 more where grad_output is not 1).
-Without figures that favour the second, the first stays: it rounds once, works for fp16, whose gradients underflow
-before a GradScaler's factor reaches them, and holds no map of its own between forward and backward.
+Where the gradient is computed. The kernels support both: from saved statistics in the backward (half precision, on
+chip: 4 bytes an element in the forward and 6 in the backward), or in the forward (6, and 4 more if grad_output is not
+1). The first is the default until measurements favour the second: it rounds once, works for fp16, whose gradients
+underflow before a GradScaler's factor reaches them, and keeps no map of its own between forward and backward.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Path(IntEnum):
 
 @dataclass(frozen=True)
 class Rule:
-    """When a path is taken: the first rule that holds, where `refusal` has nothing against it.
+    """When a path is chosen: the first rule that holds and for which `refusal` gives no reason.
 
     Attributes:
-        path: which.
-        faster_on: compute capabilities (90 for 9.0) on which a CSV in benchmarks/results has it ahead of Triton.
-        reason: why it should be, in bytes an element of one map in half precision, gradient in the forward.
+        path: the path.
+        faster_on: compute capabilities (90 for 9.0) on which a CSV in benchmarks/results shows it faster than Triton.
+        reason: why it should be faster, in bytes an element of one map in half precision, gradient in the forward.
     """
 
     path: Path
@@ -53,8 +53,8 @@ class Rule:
 RULES = (
     Rule(Path.BLOCK, frozenset(), "a channel of both maps fits one block: 6 bytes instead of 14"),
     Rule(Path.CLUSTER, frozenset(), "a channel fits the blocks of a cluster: 6 bytes instead of 14"),
-    Rule(Path.WAVES, frozenset(), "later visits find a channel in the L2 cache: 6 of 14 bytes from memory"),
-    Rule(Path.CHANNELS_LAST, frozenset(), "14 bytes, as Triton's kernels move them, without a table to fill"),
+    Rule(Path.WAVES, frozenset(), "later passes find a channel in the L2 cache: 6 of 14 bytes from memory"),
+    Rule(Path.CHANNELS_LAST, frozenset(), "14 bytes, as in Triton's kernels, without filling a table"),
 )
 _LOSSES = ("cwd_loss", "pkd_loss")
 _forced: list[tuple[Path, bool]] = []
@@ -62,20 +62,20 @@ _operators = torch.ops.kdops
 
 
 def built() -> bool:
-    """Whether kdops._C holds the CUDA C++ kernels."""
+    """Whether kdops._C was built with the CUDA C++ kernels."""
     info = _extension.build_info()
     return info is not None and info["cuda"] != "not built"
 
 
 def refusal(loss: str, path: Path, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> str | None:
-    """Why a path cannot take these maps on their device, or None where it can."""
+    """Why a path does not support these maps on their device, or None if it does."""
     if not built():
         return "kdops._C was built without CUDA kernels"
     return _operators.cuda_refusal(loss, path, list(student), list(teacher)) or None
 
 
 def choices(loss: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Iterator[Path]:
-    """The paths that may serve a call, best first: those whose rule holds, then Triton's."""
+    """The paths to try for a call, best first: those whose rule holds, then Triton."""
     if any(rule.faster_on for rule in RULES):
         major, minor = torch.cuda.get_device_capability(student[0].device)
         for rule in RULES:
@@ -86,7 +86,7 @@ def choices(loss: str, student: Sequence[Tensor], teacher: Sequence[Tensor]) -> 
 
 @contextmanager
 def forced(path: Path, gradient_in_forward: bool = False) -> Iterator[None]:
-    """All calls take ``path``, in every thread (a backward runs in autograd's own); a call that it refuses raises."""
+    """All calls use ``path``, in every thread (autograd has its own for the backward); an unsupported call raises."""
     _forced.append((path, gradient_in_forward))
     try:
         yield
@@ -95,16 +95,16 @@ def forced(path: Path, gradient_in_forward: bool = False) -> Iterator[None]:
 
 
 def gradient_in_forward() -> bool:
-    """Whether a forced path is to compute the gradient in the forward."""
+    """Whether a forced path computes the gradient in the forward."""
     return bool(_forced) and _forced[-1][1]
 
 
 def routed(loss: str, function: str, triton: Callable) -> Callable:
-    """The CUDA kernel of an operator: ``function`` is "forward" or "backward", ``triton`` the launcher it falls to."""
+    """The kernel of an operator: ``function`` is "forward" or "backward", ``triton`` the launcher it falls back to."""
     if loss not in _LOSSES:
         return triton
     name = f"{loss}_cuda" if function == "forward" else f"{loss}_backward_cuda"
-    maps = 0 if function == "forward" else 1  # behind grad_output
+    maps = 0 if function == "forward" else 1  # after grad_output
 
     def on(path: Path, args: tuple) -> Any:
         return triton(*args) if path == Path.TRITON else getattr(_operators, name)(*args, path)
@@ -115,7 +115,7 @@ def routed(loss: str, function: str, triton: Callable) -> Callable:
         for path in choices(loss, args[maps], args[maps + 1]):
             try:
                 return on(path, args)
-            except NotImplementedError:  # a refusal that only the launch could find: no room beside other work
+            except NotImplementedError:  # known only at the launch: no room beside other work
                 if path == Path.TRITON:
                     raise
 

@@ -1,4 +1,4 @@
-"""Loads the compiled extension ``kdops._C``: a missing one is remembered, a broken one raises."""
+"""Loads the compiled extension ``kdops._C``: None if it was not built, ImportError if it does not load."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def _load() -> ModuleType | None:
         from kdops import _C
     except ImportError as error:
         raise ImportError(
-            "kdops: the compiled extension kdops._C does not load. It was built for another PyTorch, most likely: "
+            "kdops: the compiled extension kdops._C does not load. Most likely it was built for another PyTorch: "
             "reinstall kdops with 'pip install --no-build-isolation --force-reinstall --no-deps .' "
-            f"(the loader said: {error})"
+            f"(the loader's error: {error})"
         ) from error
     return _C
 
@@ -24,5 +24,5 @@ extension: ModuleType | None = _load()
 
 
 def build_info() -> dict[str, str] | None:
-    """What ``kdops._C`` was built with, or None where it was not built."""
+    """What ``kdops._C`` was built with, or None if it was not built."""
     return None if extension is None else dict(extension.build_info())

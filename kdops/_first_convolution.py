@@ -1,8 +1,8 @@
-"""align, mask and the first convolution of MGD's generator with their gradients, on the whole map or on a part of it.
+"""align, mask and first convolution of MGD's generator, with their gradients, on the whole map or the kept positions.
 
 A masked position contributes nothing to the first convolution and gets no gradient. On a CPU, in fp32, with a spatial
-mask that leaves out at least `COMPACT_FROM` of the positions, align and the first convolution therefore run on the
-kept positions alone (`Compact`, csrc/cpu/masked_conv.cpp). Else the library convolves the whole map (`Dense`),
+mask that drops at least `COMPACT_FROM` of the positions, align and the first convolution therefore run on the kept
+positions only (`Compact`, csrc/cpu/masked_conv.cpp). Otherwise cuDNN or oneDNN convolves the whole map (`Dense`), in
 channels_last on a CPU and for half precision.
 """
 
@@ -46,7 +46,7 @@ class Parameters(NamedTuple):
         return Parameters(*(None if x is None else x.to(dtype) for x in self))
 
 
-#: What has a gradient, in the order of the nodes' arguments.
+#: The inputs that get gradients, in the order of the autograd functions' arguments.
 FIELDS = ("student", *Parameters._fields)
 
 Gradients = dict[str, Union[Tensor, None]]
@@ -75,16 +75,16 @@ class Dense:
 
     @staticmethod
     def backward(student: Tensor, p: Parameters, mask: Mask, grad: Tensor, wanted: dict[str, bool]) -> Gradients:
-        """grad: of the convolution's output, before the ReLU; given up here."""
+        """grad: of the convolution's output, before the ReLU; its memory is freed here."""
         out: Gradients = {}
         masked = Dense.masked(student, p, mask) if wanted["weight1"] else grad
         out["weight1"], out["bias1"] = weight_gradients(grad, masked, p.weight1, wanted["weight1"], wanted["bias1"])
         if masked is not grad:
-            give_up(masked)
+            free(masked)
         if not (wanted["student"] or wanted["align_weight"] or wanted["align_bias"]):
             return out
         inner = input_gradient(grad, p.weight1, like=grad)
-        give_up(grad)
+        free(grad)
         if p.align_weight is None:
             fits = inner.stride() == student.stride()
             out["student"] = mask.apply(inner, inner if fits else torch.empty_like(student))
@@ -94,7 +94,7 @@ class Dense:
 
 
 class Compact:
-    """On the kept positions: the map's rows, Tensor[K, channels]."""
+    """On the kept positions, as rows: Tensor[K, channels]."""
 
     @staticmethod
     def hidden(student: Tensor, p: Parameters, mask: Mask) -> Tensor:
@@ -117,7 +117,7 @@ class Compact:
             grad, Compact.aligned(rows, p), keep, p.weight1, to_rows, wanted["weight1"]
         )
         out: Gradients = {"weight1": weight1, "bias1": _bias_gradient(grad) if wanted["bias1"] else None}
-        give_up(grad)
+        free(grad)
         if p.align_weight is not None and to_rows:
             out["align_weight"] = (inner.t() @ rows).view_as(p.align_weight) if wanted["align_weight"] else None
             out["align_bias"] = inner.sum(0) if wanted["align_bias"] else None
@@ -135,12 +135,12 @@ def path(student: Tensor, p: Parameters, mask: Mask) -> type[Dense] | type[Compa
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The library's convolution that keeps height and width."""
+    """PyTorch's convolution, padded so that height and width stay."""
     return torch.conv2d(x, weight, bias, padding=weight.shape[-1] // 2)
 
 
-def give_up(x: Tensor) -> None:
-    """Frees a buffer that the caller holds too, be it a saved one: autograd would keep it until its node is done."""
+def free(x: Tensor) -> None:
+    """Frees the memory of a tensor that is still referenced: autograd keeps saved tensors until its node has run."""
     x.untyped_storage().resize_(0)
 
 
@@ -152,7 +152,7 @@ def input_gradient(grad: Tensor, weight: Tensor, like: Tensor) -> Tensor:
 def weight_gradients(
     grad: Tensor, x: Tensor, weight: Tensor, want_weight: bool, want_bias: bool
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Of a convolution's weight and bias; ``x`` is read for the weight only."""
+    """The gradients of a convolution's weight and bias; ``x`` is read for the weight only."""
     bias = _bias_gradient(grad) if want_bias else None
     return (_convolution_backward(grad, x, weight, (False, True, False))[1] if want_weight else None), bias
 
@@ -162,14 +162,14 @@ def _bias_gradient(grad: Tensor) -> Tensor:
 
 
 def _align_gradients(grad: Tensor, student: Tensor, p: Parameters, wanted: dict[str, bool]) -> Gradients:
-    """grad: of align's output; given up here."""
+    """grad: of align's output; its memory is freed here."""
     x = _laid_out(student)
     weight, bias = weight_gradients(grad, x, p.align_weight, wanted["align_weight"], wanted["align_bias"])
     out: Gradients = {"align_weight": weight, "align_bias": bias}
     if wanted["student"]:
         back = input_gradient(grad, p.align_weight, like=x)
         del x
-        give_up(grad)
+        free(grad)
         out["student"] = back if back.stride() == student.stride() else torch.empty_like(student).copy_(back)
     return out
 
@@ -180,13 +180,13 @@ def _convolution_backward(grad: Tensor, x: Tensor, weight: Tensor, wanted: tuple
 
 
 def _layout(student: Tensor) -> torch.memory_format:
-    """The memory format that the generator's maps are made in."""
+    """The memory format of the generator's maps."""
     if _op.on_gpu(student) and student.dtype.itemsize >= 4:
         return torch.preserve_format
     return torch.channels_last
 
 
 def _laid_out(student: Tensor) -> Tensor:
-    """The student's map in that format, a copy where it has another."""
+    """The student's map in that format, copied if it has another."""
     layout = _layout(student)
     return student if layout == torch.preserve_format else student.contiguous(memory_format=layout)

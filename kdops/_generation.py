@@ -1,15 +1,16 @@
-"""The kernels' way through MGD's generator: one autograd node, convolutions by the library, little kept alive.
+"""The fused path of MGD's generator: one autograd node, convolutions by cuDNN or oneDNN, few maps alive.
 
-`generate` makes the generated map, `generation_loss` its squared error over the whole batch, for a GPU and for bf16
-under autocast (`kdops._generation_by_images` has what else a CPU does). Between forward and backward live the student's
-map (held by its producer anyway), the mask's seed, the ReLU's output and, with the loss, the difference to the teacher,
-which takes the generated map's place. The backward takes the second convolution apart: once the ReLU's output has
-served the weight gradient it shrinks to one bit per element, and the difference is given up before the next map is
-made. So about two maps are alive at the peak, where the eager chain holds four.
+`generate` computes the generated map, `generation_loss` its squared error over the whole batch, on a GPU and for bf16
+under autocast (for everything else on a CPU see `kdops._generation_by_images`). Saved for backward are the student's
+map (kept alive by its producer anyway), the mask's seed, the ReLU's output and, with the loss, the difference to the
+teacher, which overwrites the generated map. The backward computes the gradients of the second convolution one by one:
+after its weight gradient, the ReLU's output shrinks to one bit per element, and the difference is freed before the next
+map is allocated. So about two maps are alive at the peak, where the eager chain holds four.
 
 The gradient is linear in the difference, so its factor, 2 * alpha / N * grad_output, is multiplied into the results;
-fp16 alone takes it first, as its weight gradients would overflow. In half precision the mantissa of 2 * alpha / N is
-already in the stored difference: the rest is a power of two, as a GradScaler's factor is, and rounds nothing again.
+only fp16 multiplies it into the difference first, as its weight gradients would overflow. In half precision the
+mantissa of 2 * alpha / N is already in the stored difference: what remains is a power of two, like a GradScaler's
+factor, and multiplying by it does not round again.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from kdops._first_convolution import (
     FIELDS,
     Parameters,
     convolve,
-    give_up,
+    free,
     input_gradient,
     path,
     weight_gradients,
@@ -44,12 +45,12 @@ for _name in ("mgd_relu_bits", "mgd_relu_backward_", "mgd_difference_"):
 
 
 def generate(student: Tensor, parameters: Parameters, mask: Mask) -> Tensor:
-    """The generated map of checked inputs, in the dtype that the eager chain would give it."""
+    """The generated map of checked inputs, in the dtype that the eager chain would return."""
     return generate_unrounded(student, parameters, mask).to(_autocast_dtype(student) or student.dtype)
 
 
 def generate_unrounded(student: Tensor, parameters: Parameters, mask: Mask) -> Tensor:
-    """The same in the dtype that the convolutions ran in."""
+    """The same, in the dtype of the convolutions."""
     if torch.compiler.is_compiling():
         return compose(student, parameters, mask.positions())
     _op.refuse_forward_mode("masked_generation", (student, *parameters))
@@ -65,7 +66,7 @@ def generation_loss(student: Tensor, teacher: Tensor, parameters: Parameters, ma
 
 
 def compose(student: Tensor, parameters: Parameters, keep: Tensor) -> Tensor:
-    """The chain in PyTorch's operations, with gradients by autograd; ``keep`` is a bool mask."""
+    """The chain in eager PyTorch, differentiated by autograd; ``keep`` is a bool mask."""
     p = parameters
     aligned = student if p.align_weight is None else F.conv2d(student, p.align_weight, p.align_bias)
     hidden = F.relu(F.conv2d(aligned.masked_fill(~keep, 0), p.weight1, p.bias1, padding=1))
@@ -73,10 +74,10 @@ def compose(student: Tensor, parameters: Parameters, keep: Tensor) -> Tensor:
 
 
 def compute_dtype(student: Tensor) -> torch.dtype:
-    """What the convolutions run in: on a GPU autocast's dtype or the student's own.
+    """The dtype of the convolutions: on a GPU autocast's, else the student's.
 
-    A CPU widens half precision to fp32, so that nothing but inputs and results is rounded; bf16 is left to those who
-    ask for it by autocast.
+    A CPU widens half precision to fp32, so that only inputs and results are rounded; bf16 is used only if autocast asks
+    for it.
     """
     autocast = _autocast_dtype(student)
     if _op.on_gpu(student) or student.dtype == torch.float64 or autocast == torch.bfloat16:
@@ -93,7 +94,7 @@ class _Generate(torch.autograd.Function):
     ) -> Tensor:
         p = Parameters(*parameters)
         ctx.mask = mask.without_tensors()
-        with torch.autocast(student.device.type, enabled=False):  # the dtype is settled
+        with torch.autocast(student.device.type, enabled=False):  # the dtype has been chosen
             hidden = path(student, p, mask).hidden(student, p, mask)
             generated = convolve(hidden, p.weight2, p.bias2)
         ctx.save_for_backward(student, keep, seed, hidden, *parameters)
@@ -111,7 +112,7 @@ class _Generate(torch.autograd.Function):
 
 
 class _Loss(torch.autograd.Function):
-    """generation_loss() as one node, so that the generated map can give its place to the difference."""
+    """generation_loss() as one node, so that the difference can overwrite the generated map."""
 
     @staticmethod
     def forward(
@@ -126,7 +127,7 @@ class _Loss(torch.autograd.Function):
     ) -> Tensor:
         p = Parameters(*parameters)
         hidden = path(student, p, mask).hidden(student, p, mask)
-        on_gpu = _op.on_gpu(student)  # where the library adds a bias in a pass of its own
+        on_gpu = _op.on_gpu(student)  # where cuDNN would add the bias in a pass of its own
         difference = convolve(hidden, p.weight2, None if on_gpu else p.bias2)
         slope = 2 * alpha / student.shape[0]
         scale = (math.frexp(slope)[0] or 1.0) if difference.dtype.itemsize == 2 else 1.0
@@ -143,7 +144,7 @@ class _Loss(torch.autograd.Function):
         if difference.dtype == torch.float16:
             (difference,), factor = _op.scaled([difference], factor), None
         grads = chain_backward(
-            student, Parameters(*parameters), mask, hidden, difference, wanted, last, give_up_grad=last
+            student, Parameters(*parameters), mask, hidden, difference, wanted, last, free_grad=last
         )
         if factor is not None:
             _ops.scale_gradients_([x for x in grads if x is not None], factor)
@@ -159,10 +160,10 @@ def chain_backward(
     grad: Tensor,
     wanted: dict[str, bool],
     last: bool,
-    give_up_grad: bool = False,
+    free_grad: bool = False,
 ) -> list[Tensor | None]:
-    """The gradients of the `FIELDS`. last: hidden serves nobody afterwards, and is given up on the way."""
-    # Neither a graph of these operations nor the casts of a backward under autocast are wanted.
+    """The gradients of the `FIELDS`. last: hidden is not needed afterwards and is freed on the way."""
+    # No graph of these operations, and no casts where the backward runs under autocast.
     with torch.no_grad(), torch.autocast(student.device.type, enabled=False):
         layout = (
             torch.channels_last if hidden.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
@@ -173,10 +174,10 @@ def chain_backward(
         if any(wanted[name] for name in FIELDS if name not in results):
             bits = _ops.mgd_relu_bits(hidden)
             if last:
-                give_up(hidden)
+                free(hidden)
             inner = input_gradient(grad, p.weight2, like=grad).contiguous(memory_format=layout)  # the order of the bits
-            if give_up_grad:
-                give_up(grad)
+            if free_grad:
+                free(grad)
             _ops.mgd_relu_backward_(inner, bits)
             results.update(path(student, p, mask).backward(student, p, mask, inner, wanted))
     return [results.get(name) for name in FIELDS]
@@ -189,7 +190,7 @@ def _wanted(student: bool, parameters: Sequence[bool]) -> dict[str, bool]:
 def refusing_double_backward(
     name: str, grads: list[Tensor | None], anchors: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """The gradients, made such that differentiating them raises where a graph of them is asked for."""
+    """The gradients; with create_graph, differentiating them raises."""
     if not torch.is_grad_enabled():
         return grads
     given = [x for x in grads if x is not None]
@@ -198,7 +199,7 @@ def refusing_double_backward(
 
 
 def _autocast_dtype(student: Tensor) -> torch.dtype | None:
-    """What torch.autocast makes of a convolution's inputs."""
+    """The dtype to which torch.autocast casts a convolution's inputs, or None."""
     kind = student.device.type
     if not torch.is_autocast_enabled(kind) or student.dtype == torch.float64:
         return None

@@ -1,9 +1,9 @@
-"""MGD's loss on a CPU: a few images at a time, each with its gradients, so that one chunk's maps are alive.
+"""MGD's loss on a CPU: a few images at a time with their gradients, so that only one chunk's maps are alive.
 
-The forward computes the gradients for grad_output 1 while a chunk's maps are at hand, and the backward multiplies:
-between the two live the gradients and no map of the chain. Everything is computed and summed in fp32 (fp64), and
-rounded once at the end. Only a bf16 student's gradient is stored rounded: where grad_output is no power of two, which
-would round it again, the backward starts anew.
+The forward computes the gradients for grad_output 1 while a chunk's maps are in memory, and the backward multiplies
+them: the gradients are saved, and no map of the chain. Everything is computed and summed in fp32 (fp64) and rounded
+once at the end. Only a bf16 student's gradient is saved rounded: if grad_output is not a power of two, so that
+multiplying would round it again, the backward recomputes everything.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kdops._first_convolution import FIELDS, Parameters, convolve, path
 from kdops._generation import chain_backward, refusing_double_backward
 from kdops._mask import Mask
 
-# A chunk has so many positions for every thread at least: with fewer the library's convolutions lose their pace.
+# A chunk has at least this many positions per thread: with fewer, oneDNN's convolutions slow down.
 _POSITIONS_PER_THREAD = 800
 
 
@@ -89,18 +89,18 @@ def _step(
 def _chunk(
     student: Tensor, teacher: Tensor, p: Parameters, mask: Mask, wanted: dict[str, bool], slope: float
 ) -> tuple[float, list[Tensor | None]]:
-    """The same of some images."""
+    """The same for the images of one chunk."""
     hidden = path(student, p, mask).hidden(student, p, mask)
     difference = convolve(hidden, p.weight2, p.bias2)
     square = torch.ops.kdops.mgd_difference_(difference, None, teacher, slope).item()
     if not any(wanted.values()):
         return square, [None] * len(FIELDS)
-    grads = chain_backward(student, p, mask, hidden, difference, wanted, last=True, give_up_grad=True)
+    grads = chain_backward(student, p, mask, hidden, difference, wanted, last=True, free_grad=True)
     return square, grads
 
 
 class _Sums:
-    """What the chunks add up to; the student's gradient is put together."""
+    """The sums over the chunks; the student's gradient is concatenated."""
 
     def __init__(self, student: Tensor) -> None:
         self.dtype = _op.accumulation_dtype([student], [])
@@ -134,7 +134,7 @@ class _Sums:
 
 
 def _chunks(student: Tensor, p: Parameters) -> Iterator[slice]:
-    """Slices of the batch, each map of which is no smaller than the weights whose gradients every chunk makes anew."""
+    """Slices of the batch; a chunk's map is at least as large as the weights, whose gradients every chunk allocates."""
     n, _, h, w = student.shape
     weights = p.weight1.numel() + p.weight2.numel()
     positions = max(_POSITIONS_PER_THREAD * torch.get_num_threads(), weights // p.weight1.shape[0])

@@ -1,4 +1,4 @@
-"""What ``kdops info`` prints: all that a bug report needs, and which kernel each loss takes and why no other."""
+"""The report of ``kdops info``: versions and devices for a bug report, and the kernel that each loss uses and why."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _devices() -> Iterator[tuple[str, str]]:
 
 
 def _processor() -> str:
-    """The processor's name, where the system tells it."""
+    """The processor's name, if the system provides it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as file:
             names = [line.split(":", 1)[1].strip() for line in file if line.startswith("model name")]
@@ -94,7 +94,7 @@ def _backends() -> Iterator[tuple[str, str]]:
 
 
 def _backend(loss: str, device: torch.device) -> Iterator[str]:
-    """What ``backend="auto"`` takes, then each alternative and why it is not taken."""
+    """What ``backend="auto"`` selects, then each alternative and why it is not selected."""
     reason = _op.unavailable(device) or _unregistered(loss, device)
     if device.type == "cuda" and not torch.cuda.is_available():
         yield "nothing to run on: PyTorch sees no GPU" + (f"; besides, {reason}" if reason else "")
@@ -110,7 +110,7 @@ def _backend(loss: str, device: torch.device) -> Iterator[str]:
 
 
 def _unregistered(loss: str, device: torch.device) -> str | None:
-    """Why the dispatcher has no kernel where there ought to be one, or None where it has."""
+    """Why the dispatcher lacks a kernel that should be there, or None if it has it."""
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"kdops::{loss}", device.type.upper()):
         return None
     return "no kernel is registered for it; kdops._C is older than this kdops: reinstall"

@@ -1,13 +1,13 @@
-"""MGD's random mask: drawn from a counter, so that a seed of eight bytes stands for it.
+"""MGD's random mask, from a counter-based generator: a seed of eight bytes reproduces it.
 
 The mask is a pure function of a 64-bit seed. Word 0 of Philox4x32-10 (Salmon et al. 2011) with the seed as key (low
 half first) and the position's index as counter (low half first, then two zeros) decides whether a position is kept:
 ``word < threshold``, threshold = round((1 - lambda) * 2^32). The index is ``(n*H + h)*W + w`` for a spatial mask and
-``n*C + c`` for one on channels. CPU and GPU kernels and the definition below agree in every bit.
+``n*C + c`` for one on channels. The CPU kernel, the GPU kernels and `draw_ref` below give identical masks.
 
 The seed is one int64 drawn by torch.randint on the device of the features, from its default generator or the one
-given. So torch.manual_seed reproduces it, activation checkpointing replays it, and a CUDA graph draws a new one at
-every replay. The generators of CPU and GPU differ: the same *seed tensor* gives the same mask on both, the same
+given: torch.manual_seed reproduces it, activation checkpointing replays it, and a CUDA graph draws a new one at every
+replay. The generators of CPU and GPU differ: the same *seed tensor* gives the same mask on both, the same
 torch.manual_seed does not.
 """
 
@@ -40,7 +40,7 @@ torch.library.register_fake(
 
 
 class Mask(NamedTuple):
-    """A mask as it travels from forward to backward: positions that were given, or the seed of random ones."""
+    """A mask as it is saved for backward: explicit positions, or the seed of random ones."""
 
     keep: Tensor | None  # bool, True is kept
     seed: Tensor | None
@@ -59,19 +59,19 @@ class Mask(NamedTuple):
         return self._replace(keep=keep, seed=seed)
 
     def positions(self) -> Tensor:
-        """The kept positions, bool, by the kernel of the seed's device."""
+        """The kept positions, bool, from the kernel of the seed's device."""
         if self.keep is not None:
             return self.keep
         return torch.ops.kdops.mgd_mask(self.seed, threshold(self.masked_fraction), self.shape)
 
     def positions_ref(self) -> Tensor:
-        """The same by the definition."""
+        """The same from the reference, `draw_ref`."""
         if self.keep is not None:
             return self.keep
         return draw_ref(self.seed, threshold(self.masked_fraction), self.shape)
 
     def apply(self, x: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
-        """Writes mask * (x + bias) to out, which may be x, and returns it. A GPU draws the mask on the way."""
+        """Writes mask * (x + bias) to out, which may be x, and returns it. A GPU draws the mask in the same pass."""
         if _op.on_gpu(x):
             limit = threshold(self.masked_fraction)
             torch.ops.kdops.mgd_apply_mask_(out, x, bias, self.keep, self.seed, limit, self.on_channel)
@@ -96,7 +96,7 @@ def shape_of(x: Tensor, on_channel: bool, channels: int) -> tuple[int, int, int,
 
 
 def draw_ref(seed: Tensor, threshold: int, shape: Sequence[int]) -> Tensor:
-    """The kept positions as a bool Tensor of ``shape``, in integer arithmetic of PyTorch: the definition of right."""
+    """The kept positions as a bool Tensor of ``shape``, in PyTorch's integer arithmetic: the ground truth."""
     index = torch.arange(math.prod(shape), dtype=torch.int64, device=seed.device)
     c0, c1, c2, c3 = index & _WORD, index >> 32, torch.zeros_like(index), torch.zeros_like(index)
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
@@ -109,7 +109,7 @@ def draw_ref(seed: Tensor, threshold: int, shape: Sequence[int]) -> Tensor:
 
 
 def check_mask(name: str, mask: Any, shape: Sequence[int], device: torch.device) -> None:
-    """Refuse an explicit mask of another kind, shape or device, and one that wants a gradient."""
+    """Raise for an explicit mask of the wrong type, shape or device, or one that requires grad."""
     if not isinstance(mask, Tensor):
         raise TypeError(f"{name}: mask must be a tensor, got {type(mask).__name__}")
     if mask.dtype != torch.bool and mask.dtype not in _checks.DTYPES:
@@ -123,7 +123,7 @@ def check_mask(name: str, mask: Any, shape: Sequence[int], device: torch.device)
 
 
 def check_seed(name: str, seed: Any, device: torch.device) -> None:
-    """Refuse a seed that is not one int64 on the device of the features."""
+    """Raise for a seed that is not a single int64 on the device of the features."""
     if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or seed.numel() != 1:
         what = f"{seed.dtype} of shape {tuple(seed.shape)}" if isinstance(seed, Tensor) else type(seed).__name__
         raise TypeError(f"{name}: seed must be an int64 tensor with one value, got {what}")
@@ -140,7 +140,7 @@ def check_lambda(name: str, value: Any) -> float:
 
 
 def _product(multiplier: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low word of multiplier * x, in steps that stay below 2^63."""
+    """High and low word of multiplier * x; intermediate values stay below 2^63."""
     upper, lower = (multiplier >> 16) * x, (multiplier & 0xFFFF) * x
     middle = upper + (lower >> 16)
     return middle >> 16, ((middle & 0xFFFF) << 16) | (lower & 0xFFFF)

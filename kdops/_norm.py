@@ -1,4 +1,4 @@
-"""Per-channel normalisation: the two published conventions, their default eps and their eager definition."""
+"""Per-channel normalisation: the two published conventions, their default eps and their eager reference."""
 
 from __future__ import annotations
 
@@ -27,5 +27,5 @@ def normalise(x: Tensor, norm: str | None, eps: float) -> Tensor:
 
 
 def as_accumulated(x: Tensor) -> Tensor:
-    """The dtype that statistics are kept in: fp32 for half and float inputs, fp64 for fp64."""
+    """The map in the dtype of its statistics: fp32 for half and float inputs, fp64 for fp64."""
     return x if x.dtype == torch.float64 else x.float()

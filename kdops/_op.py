@@ -1,17 +1,17 @@
-"""The boundary to PyTorch: schema, fake kernel, autograd and choice of backend, once for every loss.
+"""The operators: schema, fake kernel, autograd and choice of backend, once for every loss.
 
 A loss is two operators, ``kdops::NAME`` and ``kdops::NAME_backward``. Kernels implement them for a dispatch key: C++
-for CPU (``kdops._C``), Triton for CUDA. Eager calls go through one `torch.autograd.Function` straight to the kernel,
-which costs the host less than the dispatcher's own autograd; torch.compile sees the registered operators.
+for CPU (``kdops._C``), Triton for CUDA. Eager calls go through one `torch.autograd.Function` directly to the kernel,
+which takes less host time than autograd in the dispatcher; torch.compile traces the registered operators.
 
 Where the gradient is computed. `Save.STATS`: the forward keeps a few statistics per row and the backward computes the
 gradient from them, student and teacher. `Save.GRADS`: the forward computes the gradient while a channel is still in
 the cache, and the backward only multiplies it by grad_output. On a CPU the second reads the maps from memory once, so
-it is taken wherever it gives the same numbers: not for reduction "none" (grad_output differs per row), not for fp16
+it is used wherever it gives the same numbers: not for reduction "none" (grad_output differs per row), not for fp16
 (gradients underflow before a GradScaler's factor reaches them), and not in a compiled graph (which cannot scale the
-saved gradient in place, so that two maps would be alive). bf16 would round twice, but for a grad_output that is a
-power of two, as 1 is: `Save.BOTH` hands the forward's gradient over then, and recomputes it otherwise. On a GPU the
-streaming kernels move the same bytes either way, so the first is taken.
+saved gradient in place, so that two maps would be alive). bf16 would round twice, unless grad_output is a power of two
+such as 1: `Save.BOTH` returns the forward's gradient then, and recomputes it otherwise. On a GPU the streaming kernels
+move the same bytes either way, so the first is used.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from kdops import _cuda, _extension
 
 library = torch.library.Library("kdops", "DEF")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Whether the backward that runs now was called with retain_graph; PyTorch 2.4 cannot tell, so there it always may.
+# Whether the running backward was called with retain_graph. PyTorch 2.4 cannot tell, so there it counts as retained.
 keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
@@ -49,10 +49,10 @@ class FusedLoss:
     """One fused loss as the dispatcher sees it.
 
     Args:
-        name: of the operator, of the Triton module, and in error texts.
-        parameters: the schema of its scalar parameters, without the reduction that follows them.
-        fields: statistics per unit that `Save.STATS` keeps.
-        units: how many values reduction "none" has for a student level: rows or channels.
+        name: of the operator and the Triton module, and in error messages.
+        parameters: the schema of its scalar parameters, up to the reduction, which comes last.
+        fields: number of statistics per unit that `Save.STATS` keeps.
+        units: the number of values of reduction "none" for a student level: its rows or channels.
     """
 
     def __init__(self, name: str, parameters: str, fields: int, units: Callable[[Tensor], int]) -> None:
@@ -75,7 +75,7 @@ class FusedLoss:
         self.backward = getattr(torch.ops.kdops, f"{name}_backward").default
 
     def __call__(self, student: list[Tensor], teacher: list[Tensor], *parameters: Any) -> Tensor:
-        """The loss of checked inputs: a scalar, or for reduction "none" the values of all levels in one vector."""
+        """The loss of checked inputs: a scalar, or for reduction "none" one vector with the values of all levels."""
         refuse_forward_mode(self.name, (*student, *teacher))
         save = _what_to_save(student, reduction=parameters[-1])
         if torch.compiler.is_compiling():
@@ -115,7 +115,7 @@ class FusedLoss:
 
 
 class _Eager(torch.autograd.Function):
-    """The short way of eager calls: kernels below autograd, one node for all levels."""
+    """The fast path of eager calls: kernels below autograd, one node for all levels."""
 
     @staticmethod
     def forward(
@@ -147,7 +147,7 @@ class _Eager(torch.autograd.Function):
 
 
 class _Anchor(torch.autograd.Function):
-    """An empty tensor that hangs on the inputs in the graph without keeping their data."""
+    """An empty tensor that is attached to the inputs in the graph without keeping their data."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Tensor | None) -> Tensor:
@@ -159,12 +159,12 @@ class _Anchor(torch.autograd.Function):
 
 
 def anchor_of(*inputs: Tensor | None) -> Tensor:
-    """What stands for a node's inputs in `refuse_double_backward` where the node keeps none of them."""
+    """A stand-in for a node's inputs in `refuse_double_backward`, for a node that saves none of them."""
     return _Anchor.apply(*inputs)
 
 
 class _RefuseDoubleBackward(torch.autograd.Function):
-    """Passes gradients on and hangs them on the inputs they depend on, so that differentiating them raises."""
+    """Returns gradients attached to the inputs they depend on, so that differentiating them raises."""
 
     @staticmethod
     def forward(ctx: Any, name: str, levels: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -180,12 +180,12 @@ class _RefuseDoubleBackward(torch.autograd.Function):
 
 
 def refuse_double_backward(name: str, grads: Sequence[Tensor], anchors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The same gradients, which raise when they are differentiated with respect to one of the anchors."""
+    """The same gradients, but differentiating them with respect to one of the anchors raises."""
     return _RefuseDoubleBackward.apply(name, len(grads), *grads, *anchors)
 
 
 def refuse_forward_mode(name: str, inputs: Sequence[Tensor | None]) -> None:
-    """Raise where an input carries a tangent: kernels below autograd drop it, which reads as a derivative of 0."""
+    """Raise if an input has a tangent: kernels below autograd drop it, which would look like a derivative of 0."""
     if forward_ad._current_level < 0:  # no dual numbers anywhere
         return
     if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
@@ -196,7 +196,7 @@ def refuse_forward_mode(name: str, inputs: Sequence[Tensor | None]) -> None:
 
 
 def resolve(loss: str, backend: str, device: torch.device) -> str:
-    """Which implementation runs: "fused" or "reference". "auto" on a CPU without the extension says so, once."""
+    """Which implementation runs: "fused" or "reference". "auto" on a CPU without the extension warns, once."""
     if backend == "reference":
         return backend
     reason = unavailable(device)
@@ -208,12 +208,12 @@ def resolve(loss: str, backend: str, device: torch.device) -> str:
         raise RuntimeError(
             f'{loss}: no kernel for device {device}: {reason}. Ask for backend="reference" to run without it'
         )
-    _say_once(f"kdops: running the eager reference on {device.type}, as {reason}")
+    _warn_once(f"kdops: running the eager reference on {device.type}, as {reason}")
     return "reference"
 
 
 def unavailable(device: torch.device) -> str | None:
-    """Why there is no kernel for a device, or None where there is one."""
+    """Why there is no kernel for a device, or None if there is one."""
     if device.type == "cpu":
         if _extension.extension is None:
             return "the extension kdops._C was not built (no C++ compiler at installation?)"
@@ -224,7 +224,7 @@ def unavailable(device: torch.device) -> str | None:
 
 
 def reduce(values: list[Tensor], reduction: str, single: bool) -> Tensor | list[Tensor]:
-    """The reference's reduction of the values of each level."""
+    """The reduction of the reference, from the values of each level."""
     if reduction == "none":
         return values[0] if single else values
     per_level = [v.mean() if reduction == "mean" else v.sum() for v in values]
@@ -232,7 +232,7 @@ def reduce(values: list[Tensor], reduction: str, single: bool) -> Tensor | list[
 
 
 def split(values: Tensor, shapes: Sequence[Sequence[int]], single: bool) -> Tensor | list[Tensor]:
-    """The fused loss's vector of values, level by level."""
+    """Split the vector of a fused loss into the values of each level."""
     if single:
         return values.view(*shapes[0])
     sizes = [math.prod(shape) for shape in shapes]
@@ -262,7 +262,7 @@ def _what_to_save(student: Sequence[Tensor], reduction: int) -> Save:
 
 
 def scaled(grads: list[Tensor], grad_output: Tensor) -> list[Tensor]:
-    """The saved gradients times grad_output: in place where this backward is the last that can need them."""
+    """The saved gradients times grad_output, in place unless another backward may need them."""
     if keeps_graph():
         return torch.ops.kdops.scale_gradients.default(grads, grad_output)
     torch.ops.kdops.scale_gradients_.default(grads, grad_output)
@@ -270,7 +270,7 @@ def scaled(grads: list[Tensor], grad_output: Tensor) -> list[Tensor]:
 
 
 def _handed_over(ctx: Any, grad_output: Tensor) -> list[Tensor] | None:
-    """The forward's gradients, once, where multiplying by grad_output rounds nothing; they are let go otherwise."""
+    """The forward's gradients, once, if multiplying by grad_output is exact; otherwise they are freed."""
     grads, ctx.ready = ctx.ready, None
     if grads is None or not is_power_of_two(grad_output):
         return None
@@ -279,7 +279,7 @@ def _handed_over(ctx: Any, grad_output: Tensor) -> list[Tensor] | None:
 
 
 def is_power_of_two(factor: Tensor) -> bool:
-    """Whether multiplying by the scalar rounds nothing."""
+    """Whether multiplying by the scalar is exact."""
     return abs(math.frexp(factor.item())[0]) == 0.5
 
 
@@ -299,12 +299,12 @@ def triton_kernel(module: str, function: str) -> Callable:
     return call
 
 
-_said: set[str] = set()
+_warned: set[str] = set()
 
 
-def _say_once(text: str) -> None:
-    if text not in _said:
-        _said.add(text)
+def _warn_once(text: str) -> None:
+    if text not in _warned:
+        _warned.add(text)
         warnings.warn(text, stacklevel=4)
 
 

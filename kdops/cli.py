@@ -17,16 +17,16 @@ from kdops._version import __version__
 __all__ = ["main"]
 
 
-#: What order_teachers may be given by the user's function.
+#: The arguments of order_teachers that the user's function may return.
 _ORDER_ARGUMENTS = ("student", "teachers", "batches", "layers", "strongest", "run")
 
 
 class _Refused(Exception):
-    """An error that is the caller's to mend: its text is printed without a traceback."""
+    """A user error: its message is printed without a traceback."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit status: 0, or 1 after an error that is the caller's to mend."""
+    """Run a command; returns its exit status: 0, or 1 after a user error."""
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _refusals_of(function: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Turn a function's own refusals into plain messages; errors from elsewhere keep their traceback."""
+    """Turn the errors that a function raises itself into plain messages; other errors keep their traceback."""
     try:
         yield
     except kinds as error:
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_info(commands: argparse._SubParsersAction) -> None:
-    text = "print versions, devices and which kernel each loss takes on each device: what a bug report needs"
+    text = "print versions, devices and the kernel that each loss uses on each device, for a bug report"
     commands.add_parser("info", help=text, description=text.capitalize() + ".").set_defaults(run=_info)
 
 
@@ -71,27 +71,27 @@ def _info(options: argparse.Namespace) -> None:
 def _add_student_checkpoint(commands: argparse._SubParsersAction) -> None:
     command = commands.add_parser(
         "student-checkpoint",
-        help="take the student out of a checkpoint of a distillation run",
+        help="extract the student from a checkpoint of a distillation run",
         description="Write the student of a distillation run's checkpoint as a checkpoint that the plain network "
-        "loads: its weights and meta are kept; teacher, connectors, optimizer and all else are dropped.",
+        "loads: its weights and meta are kept; teacher, connectors, optimizer and everything else are dropped.",
         epilog="Layouts: kdops ('student.' beside 'distiller.'), mmrazor ('architecture.' beside 'teacher.' and "
         "'distiller.'), mgd (MGD and MTPD: 'student.' beside 'teacher.' and 'distill_losses.'). Where mmengine's "
-        "EMAHook was at work, the averaged weights are taken.",
+        "EMAHook was used, the averaged weights are taken.",
     )
     command.add_argument("source", metavar="IN", help="checkpoint of a distillation run, written by torch.save")
-    command.add_argument("target", metavar="OUT", help="file to write, by way of a temporary file beside it")
+    command.add_argument("target", metavar="OUT", help="file to write (through a temporary file beside it)")
     command.add_argument("--force", action="store_true", help="replace OUT if it exists (it may be IN itself)")
     command.add_argument(
         "--layout",
         metavar="NAME",
-        help="kdops, mmrazor or mgd: take this layout, whatever else is in the file (default: find it, and refuse "
-        "a file with unknown parts)",
+        help="kdops, mmrazor or mgd: assume this layout, whatever else is in the file (default: detect it, and "
+        "fail on a file with unknown parts)",
     )
     command.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="read a file that holds more than tensors and plain values, as checkpoints of OpenMMLab do; such a "
-        "file can run any code: only for files from a source that you trust",
+        help="read a file that contains more than tensors and plain values, as OpenMMLab's checkpoints do; such a "
+        "file can run arbitrary code: use it only for files that you trust",
     )
     command.set_defaults(run=_student_checkpoint)
 
@@ -116,14 +116,14 @@ def _add_teacher_order(commands: argparse._SubParsersAction) -> None:
         help="in which order to learn from several teachers (progressive distillation)",
         description="Print the cost of adapting each network's features to each teacher's, and the order of teachers "
         "that follows from it. See kdops.distill.order_teachers for the definition.",
-        epilog="NETWORKS is run, and can do what any Python code can. Its function takes no arguments and returns a "
+        epilog="NETWORKS is executed as Python code. Its function takes no arguments and returns a "
         "dict of arguments of order_teachers: student (a module), teachers (modules by name, the strongest last), "
         "batches (an iterable), and perhaps layers, strongest and run.",
     )
     command.add_argument(
         "networks",
         metavar="NETWORKS",
-        help="where the networks come from: FILE.py or package.module, with :function behind it if that is not called "
+        help="where the networks come from: FILE.py or package.module, followed by :function if that is not called "
         "'networks'",
     )
     command.add_argument("--layers", nargs="+", metavar="LAYER", help="layers to compare, the same in all networks")
@@ -168,16 +168,16 @@ def _function(reference: str) -> Any:
 def _file(path: Path) -> Any:
     if not path.is_file():
         raise _Refused(f"there must be a file to read the networks from, got no file at {path}")
-    sys.path.insert(0, str(path.resolve().parent))  # as for a script, so that it finds what lies beside it
+    sys.path.insert(0, str(path.resolve().parent))  # as for a script, so that it can import what lies beside it
     spec = importlib.util.spec_from_file_location("__kdops_networks__", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
+    sys.modules[spec.name] = module  # dataclasses and pickle look up a class's module there
     spec.loader.exec_module(module)
     return module
 
 
 def _module(name: str) -> Any:
-    sys.path.insert(0, "")  # a console script has no current folder on its path
+    sys.path.insert(0, "")  # a console script does not have the current folder on its path
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:

@@ -1,7 +1,7 @@
 """Channel-wise distillation (CWD), Shu et al. 2021, arXiv:2011.13256.
 
-Every channel of a feature map becomes a probability over the map's positions; the student's is pulled to the
-teacher's by the Kullback-Leibler divergence:
+A softmax turns every channel of a feature map into a distribution over its positions; the loss is the Kullback-Leibler
+divergence between the teacher's and the student's:
 
     loss = loss_weight * tau^2 / (N*C) * SUM_{n,c} KL( softmax_HW(teacher / tau) || softmax_HW(student / tau) )
 
@@ -34,7 +34,7 @@ _fused = _op.FusedLoss(
 def cwd_loss_ref(
     student: Tensor, teacher: Tensor, tau: float, norm: str | None, eps: float, loss_weight: float
 ) -> Tensor:
-    """The values per row, Tensor[N, C], of one level in eager PyTorch: the definition of right."""
+    """The values per row, Tensor[N, C], of one level in eager PyTorch: the ground truth."""
     s = _norm.normalise(_norm.as_accumulated(student), norm, eps).flatten(2) / tau
     t = _norm.normalise(_norm.as_accumulated(teacher), norm, eps).flatten(2) / tau
     log_p_s, log_p_t = F.log_softmax(s, dim=2), F.log_softmax(t, dim=2)
@@ -72,9 +72,10 @@ def cwd_loss(
             of values per row; a list of them for a list of levels).
         backend: ``"auto"``, ``"fused"`` (raise where there is no kernel) or ``"reference"`` (eager PyTorch).
 
-    Accuracy of the fused kernels: the value is within 5e-6 of itself or, where student and teacher nearly agree and it
-    vanishes, within 1e-9 * tau^2 * loss_weight on a CPU (5e-9 on a GPU; 5e-8 there without a normalisation, which is
-    what the eager code is off). The gradient's error is that of the eager code in fp32 and does not grow with the mean.
+    Accuracy of the fused kernels: the relative error of the value is at most 5e-6 or, where student and teacher nearly
+    agree and it vanishes, the absolute error is at most 1e-9 * tau^2 * loss_weight on a CPU (5e-9 on a GPU; 5e-8 there
+    without a normalisation, which is the error of the eager code). The gradient's error is that of the eager code in
+    fp32 and does not grow with the mean.
 
     Returns:
         Tensor: float32 (float64 if an input is float64); a scalar unless ``reduction="none"``.
@@ -124,7 +125,7 @@ class CWDLoss(nn.Module):
         self.reduction, self.backend = reduction, backend
 
     def forward(self, preds_S: Maps, preds_T: Maps) -> Tensor | list[Tensor]:
-        """The loss of the student's maps ``preds_S`` (get a gradient) and the teacher's ``preds_T``."""
+        """The loss of the student's maps ``preds_S``, which get a gradient, and the teacher's ``preds_T``."""
         return cwd_loss(
             preds_S,
             preds_T,

@@ -1,6 +1,6 @@
 """The generator of masked generative distillation (MGD), Yang et al. 2022, arXiv:2205.01529.
 
-The student's map, with a random part of it zeroed, has to be completed to the teacher's by two convolutions:
+Two convolutions reconstruct the teacher's map from the student's, of which a random part is zeroed:
 
     generated = conv3x3( ReLU( conv3x3( mask * align(student) ) ) )
 
@@ -37,28 +37,28 @@ def masked_generation(
     generator: torch.Generator | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Completes a masked student map: the first half of MGD (Yang et al. 2022, arXiv:2205.01529).
+    """Reconstructs a masked student map, the first half of MGD (Yang et al. 2022, arXiv:2205.01529).
 
     ``conv3x3(ReLU(conv3x3(mask * align(student))))``, both 3x3 convolutions with padding 1.
 
-    A CPU computes half-precision inputs in fp32 and rounds results once, but for bf16 under torch.autocast, which runs
-    the convolutions in bf16.
+    On a CPU half-precision inputs are computed in fp32 and rounded once, except under torch.autocast to bf16, where the
+    convolutions run in bf16.
 
     Args:
         student: Tensor[N, Cs, H, W] in float16, bfloat16, float32 or float64, any strides. Gets a gradient.
         weight1: Tensor[C, C, 3, 3] of the first convolution. All parameters get gradients and have the student's
-            dtype, but under torch.autocast, which casts both.
+            dtype, except under torch.autocast, which casts both.
         bias1: Tensor[C].
         weight2: Tensor[C, C, 3, 3] of the second convolution.
         bias2: Tensor[C].
-        align_weight: Tensor[C, Cs, 1, 1] of the 1x1 convolution in front, or None where Cs = C.
+        align_weight: Tensor[C, Cs, 1, 1] of the 1x1 convolution before the mask, or None if Cs = C.
         align_bias: Tensor[C], given with ``align_weight``.
         lambda_mgd: fraction of positions that are zeroed, in [0, 1].
         mask_on_channel: mask whole channels, (N, C, 1, 1), instead of positions, (N, 1, H, W).
-        mask: an explicit mask of that shape in place of a random one, bool (True is kept) or 0 and 1 in a floating
+        mask: an explicit mask of that shape instead of a random one, bool (True is kept) or 0 and 1 in a floating
             dtype. Gets no gradient.
-        seed: an int64 tensor of one value on the student's device: the mask that belongs to it (see `kdops._mask`).
-        generator: draws the seed, in place of the device's default generator. Activation checkpointing replays only
+        seed: an int64 tensor of one value on the student's device that determines the mask (see `kdops._mask`).
+        generator: draws the seed, instead of the device's default generator. Activation checkpointing replays only
             default generators, so pass a ``seed`` or a ``mask`` there.
         backend: ``"auto"``, ``"fused"`` or ``"reference"``.
 
@@ -66,8 +66,8 @@ def masked_generation(
         Tensor[N, C, H, W], the generated map.
 
     Raises:
-        TypeError, ValueError: an argument does not meet the above.
-        RuntimeError: no kernel for the device, or a second derivative is asked of the fused kernels.
+        TypeError, ValueError: an argument is not as described above.
+        RuntimeError: no kernel for the device, or a second derivative of the fused kernels.
     """
     name = "masked_generation"
     parameters = Parameters(weight1, bias1, weight2, bias2, align_weight, align_bias)
@@ -92,7 +92,7 @@ def mask_source(
     seed: Tensor | None,
     generator: torch.Generator | None,
 ) -> _mask.Mask:
-    """The mask that the arguments ask for."""
+    """The mask that the arguments describe."""
     shape = _mask.shape_of(student, on_channel, parameters.weight1.shape[1])
     if mask is not None:
         _mask.check_mask(name, mask, shape, student.device)
@@ -106,7 +106,7 @@ def mask_source(
 
 
 def check_agreement(name: str, student: Tensor, parameters: Parameters) -> None:
-    """Refuse a map whose width, dtype or device the parameters do not fit."""
+    """Raise if width, dtype or device of the map do not fit the parameters."""
     p = parameters
     width = (p.weight1 if p.align_weight is None else p.align_weight).shape[1]
     if student.shape[1] != width:
@@ -124,7 +124,7 @@ def check_agreement(name: str, student: Tensor, parameters: Parameters) -> None:
 
 
 class MaskedGeneration(nn.Module):
-    """align, mask and generator as a module: MGD without its loss. See `kdops.masked_generation`.
+    """align, mask and generator as a module: MGD without the loss. See `kdops.masked_generation`.
 
     Parameters: ``align.weight``, ``align.bias`` (only where the widths differ), ``generation.0.weight``,
     ``generation.0.bias``, ``generation.2.weight``, ``generation.2.bias``, as in the published checkpoints. The
@@ -163,7 +163,7 @@ class MaskedGeneration(nn.Module):
         return Parameters(first.weight, first.bias, second.weight, second.bias, *align)
 
     def check_student(self, student: Any, name: str) -> None:
-        """Refuse what is not a map of ``student_channels`` channels."""
+        """Raise if it is not a map of ``student_channels`` channels."""
         _checks.single_map(type(self).__name__, name, student)
         if student.shape[1] != self.student_channels:
             raise ValueError(

@@ -1,12 +1,12 @@
 """Masked generative distillation (MGD), Yang et al. 2022, arXiv:2205.01529.
 
-A generator completes the student's masked map (see `kdops.masked_generation`), and the result is pulled to the
-teacher's map:
+A generator reconstructs the teacher's map from the student's masked one (see `kdops.masked_generation`); the loss is
+its squared error:
 
     loss = alpha * SUM (generated - teacher)^2 / N
 
-The sum runs over channels and positions and is divided by the batch size alone. Variants that take the mean instead
-are another function: smaller by C*H*W.
+The sum runs over channels and positions and is divided by the batch size alone. Variants that take the mean
+instead are another function, smaller by a factor of C*H*W.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from kdops.masked_generation import MaskedGeneration, check_agreement, mask_sour
 
 __all__ = ["MGDLoss", "mgd_loss", "mgd_loss_ref"]
 
-# No statistics: student and teacher are all that the gradient needs. The last argument of the schema, the reduction,
-# is always the published one.
+# No statistics: the gradient needs only student and teacher. The schema's last argument, the reduction, is always the
+# published one.
 _fused = _op.FusedLoss("mgd_loss", "float alpha_mgd", fields=0, units=lambda generated: 0)
 
 
 def mgd_loss_ref(generated: Tensor, teacher: Tensor, alpha_mgd: float) -> Tensor:
-    """The loss in eager PyTorch: the definition of right."""
+    """The loss in eager PyTorch: the ground truth."""
     difference = _norm.as_accumulated(generated) - _norm.as_accumulated(teacher)
     return (alpha_mgd / generated.shape[0]) * difference.square().sum()
 
 
 def mgd_loss(generated: Tensor, teacher: Tensor, *, alpha_mgd: float = 2e-5, backend: str = "auto") -> Tensor:
-    """The squared error of MGD (Yang et al. 2022, arXiv:2205.01529), its second half.
+    """The squared error of MGD, its second half (Yang et al. 2022, arXiv:2205.01529).
 
     ``alpha_mgd * SUM (generated - teacher)^2 / N``.
 
@@ -48,8 +48,8 @@ def mgd_loss(generated: Tensor, teacher: Tensor, *, alpha_mgd: float = 2e-5, bac
         A scalar in fp32 (fp64 where a map is fp64).
 
     Raises:
-        TypeError, ValueError: an argument does not meet the above.
-        RuntimeError: no kernel for the device, or a second derivative is asked of the fused kernels.
+        TypeError, ValueError: an argument is not as described above.
+        RuntimeError: no kernel for the device, or a second derivative of the fused loss.
     """
     name = "mgd_loss"
     _checks.choice(name, "backend", backend, _checks.BACKENDS)
@@ -65,15 +65,15 @@ class MGDLoss(MaskedGeneration):
     """Masked generative distillation of one level: align, mask, generator and squared error, with its parameters.
 
     ``alpha_mgd * SUM (conv3x3(ReLU(conv3x3(mask * align(preds_S)))) - preds_T)^2 / N``. A pyramid needs a module per
-    level, as every level has a generator of its own: ``nn.ModuleList(MGDLoss(256, 256) for _ in range(5))``. The
-    parameters (`MaskedGeneration` names them) are trained with the student: give them to the optimiser.
+    level, as each level has its own generator: ``nn.ModuleList(MGDLoss(256, 256) for _ in range(5))``. The
+    parameters (`MaskedGeneration` names them) are trained with the student: pass them to the optimizer.
 
     Published settings (lambda_mgd, alpha_mgd): one-stage detectors 0.65, 2e-5; two-stage 0.45, 5e-7; segmentation
     0.75, 2e-5; classification, with ``mask_on_channel``, 0.15, 7e-5.
 
-    On a CPU the forward computes the gradients too, a few images at a time, so that a step keeps no map of the chain.
-    Half-precision inputs are computed in fp32 there and rounded once, but for bf16 under torch.autocast, which runs the
-    convolutions in bf16.
+    On a CPU the forward computes the gradients too, a few images at a time, so that no map of the chain is saved.
+    Half-precision inputs are computed in fp32 there and rounded once, except under torch.autocast to bf16, where the
+    convolutions run in bf16.
 
     Args:
         student_channels: width of ``preds_S``.
@@ -128,7 +128,7 @@ class MGDLoss(MaskedGeneration):
         if _op.resolve(name, self.backend, preds_S.device) == "reference":
             generated = _generation.compose(preds_S, p, source.positions_ref())
             return mgd_loss_ref(generated, preds_T, self.alpha_mgd)
-        # Inductor fuses what surrounds the convolutions itself; a teacher in fp64 alone asks for sums in fp64.
+        # Inductor fuses around the convolutions itself; an fp64 teacher beside a narrower student needs sums in fp64.
         if torch.compiler.is_compiling() or (preds_T.dtype == torch.float64 != preds_S.dtype):
             return _fused([_generation.generate_unrounded(preds_S, p, source)], [preds_T], self.alpha_mgd, 0)
         half = _generation.compute_dtype(preds_S).itemsize == 2

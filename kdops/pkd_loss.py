@@ -33,7 +33,7 @@ _fused = _op.FusedLoss(
 
 
 def pkd_loss_ref(student: Tensor, teacher: Tensor, norm: str, eps: float, loss_weight: float) -> Tensor:
-    """The values per channel, Tensor[C], of one level in eager PyTorch: the definition of right."""
+    """The values per channel, Tensor[C], of one level in eager PyTorch: the ground truth."""
     s = _norm.normalise(_norm.as_accumulated(student), norm, eps)
     t = _norm.normalise(_norm.as_accumulated(teacher), norm, eps)
     return (loss_weight / 2) * (s - t).square().mean(dim=(0, 2, 3))
@@ -65,14 +65,14 @@ def pkd_loss(
             the root: BatchNorm without parameters). Statistics are over N, H and W of this process.
         eps: overrides the eps of the normalisation (1e-6 for ``"pkd"``, 1e-5 for ``"batch"``).
         resize: where height or width differ, resize the ``"student"`` to the teacher's size or the ``"teacher"`` to
-            the student's, bilinearly with ``align_corners=False``; None refuses maps of different size.
+            the student's, bilinearly with ``align_corners=False``; with None, different sizes raise.
         reduction: ``"mean"`` (the published scaling above), ``"sum"`` (of the values per channel) or ``"none"`` (a
             Tensor[C] of values per channel, whose mean is the loss; a list of them for a list of levels).
         backend: ``"auto"``, ``"fused"`` (raise where there is no kernel) or ``"reference"`` (eager PyTorch).
 
-    Accuracy of the fused kernels: the value is within 5e-6 of itself or, where the maps agree but for their scale and
-    it vanishes, within 1e-7 * loss_weight. The gradient's error is that of the eager code in fp32 and does not grow
-    with the mean.
+    Accuracy of the fused kernels: the relative error of the value is at most 5e-6 or, where the maps agree up to their
+    scale and it vanishes, the absolute error is at most 1e-7 * loss_weight. The gradient's error is that of the eager
+    code in fp32 and does not grow with the mean.
 
     Returns:
         Tensor: float32 (float64 if an input is float64); a scalar unless ``reduction="none"``.
@@ -134,7 +134,7 @@ class PKDLoss(nn.Module):
         self.reduction, self.backend = reduction, backend
 
     def forward(self, preds_S: Maps, preds_T: Maps) -> Tensor | list[Tensor]:
-        """The loss of the student's maps ``preds_S`` (get a gradient) and the teacher's ``preds_T``."""
+        """The loss of the student's maps ``preds_S``, which get a gradient, and the teacher's ``preds_T``."""
         return pkd_loss(
             preds_S,
             preds_T,

@@ -1,6 +1,6 @@
-"""The cases of every loss, its fp64 oracle and the error budget: tests and benchmarks both use them.
+"""The cases of every loss, the fp64 oracle and the error budgets, for tests and benchmarks.
 
-A new loss is one entry in `LOSSES`; every test and benchmark that goes over the cases then covers it.
+A new loss is one entry in `LOSSES`; every test and benchmark over the cases then covers it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from kdops.cwd_loss import cwd_loss
 from kdops.mgd_loss import MGDLoss
 from kdops.pkd_loss import pkd_loss
 
-#: Options of every loss that its cases go over.
+#: Every loss with the options of its cases.
 LOSSES: dict[str, tuple[Callable[..., Any], tuple[dict[str, Any], ...]]] = {
     "cwd_loss": (
         cwd_loss,
@@ -36,7 +36,7 @@ LOSSES: dict[str, tuple[Callable[..., Any], tuple[dict[str, Any], ...]]] = {
 VALUE_BUDGET = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 5e-6, torch.float16: 5e-6}
 GRADIENT_BUDGET = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 5e-4}
 
-#: FPN and YOLO-neck levels in miniature, and sizes that fit no register.
+#: Small FPN and YOLO-neck levels, and sizes that are no multiple of a vector register.
 SHAPES = {
     "even": ((2, 32, 16, 16),),
     "odd": ((3, 21, 13, 19),),
@@ -51,7 +51,7 @@ LAYOUTS = ("nchw", "channels_last", "crop", "channels_last_crop", "channel_slice
 
 @dataclass(frozen=True)
 class Case:
-    """One call of a loss: which options, on which maps."""
+    """One call of a loss: its options and its maps."""
 
     loss: str
     options: dict[str, Any] = field(hash=False)
@@ -148,7 +148,7 @@ class MGDCase:
 
 @dataclass
 class MGDStep:
-    """The inputs of one step, and what comes out of it."""
+    """The inputs of one step; `run` gives its results."""
 
     module: MGDLoss
     student: Tensor
@@ -192,7 +192,7 @@ def laid_out(x: Tensor, layout: str) -> Tensor:
 
 
 def cases() -> Iterator[Case]:
-    """Every loss with every option, then what can go wrong one at a time: sizes, dtypes, layouts, means, reductions."""
+    """Every loss with every option, then sizes, dtypes, layouts, means and reductions, varied one at a time."""
     for loss, (_, variants) in LOSSES.items():
         for options in variants:
             yield Case(loss, options, SHAPES["odd"])
@@ -214,12 +214,12 @@ def cases() -> Iterator[Case]:
 
 
 def as_list(x: Any) -> list[Tensor]:
-    """A tensor as a list of one, a list as it is."""
+    """A tensor as a list of one; a list unchanged."""
     return [x] if isinstance(x, Tensor) else list(x)
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Relative L2 error in fp64; NaN never passes a comparison with it."""
+    """Relative L2 error in fp64; NaN fails every comparison with a budget."""
     got, expected = got.detach().double().cpu(), expected.detach().double().cpu()
     scale = expected.norm()
     return float((got - expected).norm() / scale) if scale > 0 else float(got.norm())
@@ -228,7 +228,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 def check(case: Case, device: str | torch.device = "cpu", seed: int = 0) -> None:
     """Compare the fused loss of a case with the oracle, value and gradient; raises AssertionError on a miss.
 
-    grad_output is not 1. In fp16 it is 2^16, as under a GradScaler, since smaller gradients are below its range.
+    grad_output is not 1. In fp16 it is 2^16, as under a GradScaler, since smaller gradients underflow.
     """
     student, teacher = case.inputs(device, seed)
     value = case.call(student, teacher)

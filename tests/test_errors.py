@@ -1,4 +1,4 @@
-"""Every refusal: before any kernel runs, with the name of the loss, the rule and what came."""
+"""Every error of an argument: raised before any kernel runs, with the loss, the rule and the value received."""
 
 import pytest
 import torch
@@ -21,7 +21,7 @@ def name(request):
 
 @pytest.fixture(params=["fused", "reference"])
 def loss(name, request):
-    """A loss of which no kernel may be reached."""
+    """A loss whose kernels must not be reached."""
     return lambda *args, **options: LOSSES[name](*args, **{"backend": request.param, **options})
 
 
@@ -103,7 +103,7 @@ def test_teacher_that_requires_grad(loss, name):
     ):
         loss(maps(), maps(requires_grad=True))
     connector = torch.nn.Conv2d(3, 3, 1)
-    text = "teacher must not require grad, .*layer behind the teacher that is to train .* put it on the student's side"
+    text = "teacher must not require grad, .*trainable layer after the teacher .* put it on the student's side"
     with refused(ValueError, name, text):
         loss(maps(2, 3, 4, 5), connector(maps(2, 3, 4, 5)))
 
@@ -193,7 +193,7 @@ def test_no_kernel_for_a_device(name):
 
 def test_missing_extension_is_said_once(name, monkeypatch):
     monkeypatch.setattr(_op._extension, "extension", None)
-    monkeypatch.setattr(_op, "_said", set())
+    monkeypatch.setattr(_op, "_warned", set())
     student, teacher = maps(requires_grad=True), maps()
     with pytest.warns(
         UserWarning, match="running the eager reference on cpu, as the extension kdops._C was not built"

@@ -52,7 +52,9 @@ def unpacked(tmp_path_factory):
 
 def test_sdist_holds_the_sources(unpacked):
     for name in ("csrc/bindings.cpp", "csrc/cpu/vec.h", "kdops/_triton/scale.py", "integrations/__init__.py",
-                 "tests/test_package.py", "benchmarks/run.py", "Makefile", "LICENSE", "README.md"):  # fmt: skip
+                 "tests/test_package.py", "benchmarks/run.py", "Makefile", "constraints.txt", "LICENSE", "README.md",
+                 "CITATION.cff", "DESIGN.md", "docs/design/notation.md",
+                 "examples/cwd_training_loop.py"):  # fmt: skip
         assert (unpacked / name).exists(), name
     assert not list(unpacked.rglob("*.so"))
 

@@ -12,7 +12,7 @@
 namespace kdops {
 namespace {
 
-// Fields of the statistics that the backward gets, one value a row; the operator's schema fixes them.
+// Fields of the statistics saved for backward, one value a row. docs/design/notation.md has their formulas.
 enum Stat { kMeanS, kRS, kRT, kQS, kMaxS, kMaxT, kZS, kZT, kDot, kMeanSLo, kStats };
 // What else a row needs between the passes.
 enum Work { kMeanT = kStats, kMeanTLo, kM2S, kM2T, kKS, kKT, kA, kB, kSlope, kKl, kFields };
@@ -98,7 +98,7 @@ class Cwd {
   // Chan's formula over rows of equal length; leaves the channel's mean in its rows.
   Scale merged(const Level& level, int64_t row, int64_t stride, int mean_field, int lo_field, int m2_field) const {
     const auto row_mean = [&](int64_t r) { return static_cast<double>(*field(mean_field, r)) + *field(lo_field, r); };
-    // About the first row's, so that a constant channel has its own value as its mean, exactly.
+    // Relative to the first row's mean, so that the mean of a constant channel is exactly its value.
     const double first = row_mean(row);
     double away_from_first = 0, m2 = 0;
     for (int64_t n = 1; n < level.batch; ++n) away_from_first += row_mean(row + n * stride) - first;
@@ -126,11 +126,11 @@ class Cwd {
     for (int i = 0; i < rows; ++i) {
       *field(kZS, row + i) = static_cast<A>(z_s[i]), *field(kZT, row + i) = static_cast<A>(z_t[i]);
       *field(kDot, row + i) = static_cast<A>(es_s[i] / z_s[i] - et_s[i] / z_t[i]);
-      // Both terms vanish with the distance of the maps, and so does the error of each.
+      // Both terms, and their errors, vanish with the difference of the maps.
       *field(kKl, row + i) = static_cast<A>(kLn2 * (et_log[i] / z_t[i]) + log_ratio(z_s[i], z_t[i], z_gap[i]));
     }
   }
-  // ln(z_s / z_t) where gap is z_s - z_t, known better than its parts.
+  // ln(z_s / z_t) where gap is z_s - z_t, more accurate than the difference of the two.
   static double log_ratio(double z_s, double z_t, double gap) {
     return std::abs(gap) < 0.5 * z_t ? std::log1p(gap / z_t) : std::log(z_s) - std::log(z_t);
   }

@@ -1,4 +1,4 @@
-// Matrix products whose rows lie anywhere: what a convolution over a part of the positions comes down to.
+// Matrix products with gathered rows, for a convolution over a subset of the positions.
 #pragma once
 
 #include <cstdint>

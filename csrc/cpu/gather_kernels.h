@@ -1,7 +1,7 @@
 // The products of gather.h on registers. Included once per instruction set, after vec.h.
 //
-// A tile is some rows by two registers of columns, held in registers while the sum runs. Rows come in groups of 8 (4
-// where there are only 16 registers), the rest in smaller powers of two.
+// A tile is some rows by two registers of columns, accumulated in registers. Rows are processed 8 at a time (4 where
+// there are only 16 registers), the remainder in smaller powers of two.
 
 constexpr int kTileRows = kLanes == 16 ? 8 : 4;
 

@@ -11,7 +11,7 @@ struct Available {
   size_t chosen = 0;
 };
 
-// What this processor runs, the widest first.
+// The instruction sets of this processor, the widest first.
 Available detect() {
   Available found;
 #ifdef KDOPS_X86

@@ -1,4 +1,4 @@
-// Instruction sets: which there are here, and how a region of code is compiled for one of them.
+// Instruction sets: which ones this processor has, and how to compile a region of code for one of them.
 #pragma once
 
 #include <string>
@@ -35,7 +35,7 @@ Kernels<float> avx512_float_kernels();
 Kernels<double> avx512_double_kernels();
 #endif
 
-// The sets that this processor runs, the widest first, which is the one in use unless another is asked for by name.
+// The instruction sets of this processor, the widest first. The widest is used unless another is chosen by name.
 std::vector<std::string> instruction_sets();
 void use_instruction_set(const std::string& name);
 

@@ -1,5 +1,5 @@
-// Kernels for AVX-512. Only what stands inside the target region may use its instructions: no header of the standard
-// library is included there, so none of its inline functions can reach another processor.
+// Kernels for AVX-512. Only code inside the target region may use its instructions. No header of the standard library
+// is included there, as the linker could keep that copy of an inline function for all processors.
 #include "isa.h"
 
 #ifdef KDOPS_X86

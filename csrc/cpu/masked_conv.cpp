@@ -1,9 +1,9 @@
-// The first convolution of MGD's generator on the kept positions alone: fp32, on matrix products of gathered rows.
+// The first convolution of MGD's generator on the kept positions only: fp32, by matrix products of gathered rows.
 //
-// A masked map is held as its kept rows, Tensor[K, C], K kept positions in order. A 3x3 convolution with padding 1 adds
-// to the output position q = p - d, for each of its nine taps d, the product of row p with the tap's C x C matrix; its
-// two gradients run over the same pairs (p, q). So all three cost 1 - lambda of the dense convolution. Maps are
-// channels_last, widths multiples of 32. The order of every sum is fixed: a task owns what it writes.
+// A masked map is stored as its kept rows, Tensor[K, C], for the K kept positions in order. A 3x3 convolution with
+// padding 1 adds, for each of its nine taps d, the product of row p and the tap's C x C matrix to the output position
+// q = p - d; both gradients run over the same pairs (p, q). So all three cost 1 - lambda of the dense convolution. Maps
+// are channels_last, widths multiples of 32. Every sum runs in a fixed order: a task owns its outputs.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
@@ -23,11 +23,11 @@ constexpr int kTaps = 9;
 constexpr int64_t kRowsOfTask = 64;
 constexpr int64_t kRowsOfPiece = 32;
 
-// The kept positions of a mask, image after image.
+// The kept positions of a mask, image by image.
 struct Kept {
   int64_t batch, height, width;
   std::vector<int64_t> position;  // n*H*W + h*W + w
-  std::vector<int64_t> start;     // of each image in `position`, and its end
+  std::vector<int64_t> start;     // of each image in `position`, then the end
 
   explicit Kept(const at::Tensor& keep) : batch(keep.size(0)), height(keep.size(2)), width(keep.size(3)) {
     const at::Tensor dense = keep.contiguous();
@@ -43,7 +43,7 @@ struct Kept {
   int64_t size() const { return static_cast<int64_t>(position.size()); }
 };
 
-// The output position that each kept row reaches through each tap, or -1 where that lies outside: [tap][row].
+// The output position of each kept row for each tap, or -1 if it is outside the map: [tap][row].
 std::vector<int64_t> targets_of(const Kept& kept) {
   std::vector<int64_t> targets(kTaps * kept.size());
   for (int64_t i = 0; i < kept.size(); ++i) {
@@ -60,7 +60,7 @@ std::vector<int64_t> targets_of(const Kept& kept) {
 const GatherKernels& gather() { return kernels<float>().gather; }
 
 // ---- rows and maps -----------------------------------------------------------------------------------------------
-// visit(n, i_begin, i_end) over pieces of rows that lie in one image.
+// visit(n, i_begin, i_end) over pieces of rows of one image.
 template <class Visit>
 void over_pieces(const Kept& kept, Visit&& visit) {
   std::vector<int64_t> begin, image;
@@ -72,8 +72,8 @@ void over_pieces(const Kept& kept, Visit&& visit) {
   });
 }
 
-// Calls move(row element, map element) for every channel of every kept position; channels run innermost where they
-// are neighbours in the map, rows else.
+// Calls move(row element, map element) for every channel of every kept position; channels are the inner loop if they
+// are contiguous in the map, else rows.
 template <class Move>
 void move_rows(const Kept& kept, const at::Tensor& rows, const at::Tensor& map, Move&& move) {
   float* const row = rows.data_ptr<float>();
@@ -123,13 +123,13 @@ at::Tensor channels_last(const Kept& kept, int64_t channels, const at::Tensor& l
                    like.options().memory_format(at::MemoryFormat::ChannelsLast));
 }
 
-// A panel of an image, contiguous, to its columns of the map.
+// Copy a contiguous panel of an image to its columns of the map, through the ReLU.
 void relu_to(const float* from, float* out, int64_t positions, int64_t stride, int panel) {
   for (int64_t p = 0; p < positions; ++p, from += panel, out += stride)
     for (int i = 0; i < panel; ++i) out[i] = from[i] < 0 ? 0 : from[i];  // NaN stays
 }
 
-// relu(conv(map) + bias), for the map that `rows` are the kept positions of.
+// relu(conv(map) + bias), for the map with kept positions `rows`.
 at::Tensor forward(const at::Tensor& rows, const at::Tensor& keep, const at::Tensor& weight, const at::Tensor& bias) {
   const Kept kept(keep);
   const std::vector<int64_t> reached = targets_of(kept);
@@ -141,7 +141,7 @@ at::Tensor forward(const at::Tensor& rows, const at::Tensor& keep, const at::Ten
   const float* const b = start.data_ptr<float>();
   float* const to = out.data_ptr<float>();
 
-  // A task owns one panel of one image, which stays together in the cache from the bias to the ReLU.
+  // A task owns one panel of one image, which stays in the cache from the bias to the ReLU.
   const int64_t per_image = outer / panel;
   at::parallel_for(0, kept.batch * per_image, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> image(positions * panel);
@@ -171,11 +171,12 @@ at::Tensor forward(const at::Tensor& rows, const at::Tensor& keep, const at::Ten
   return out;
 }
 
-at::Tensor input_gradient(const Kept& kept, const std::vector<int64_t>& reached, const at::Tensor& grad, const at::Tensor& weight) {
+at::Tensor input_gradient(const Kept& kept, const std::vector<int64_t>& reached, const at::Tensor& grad, const
+at::Tensor& weight) {
   const int64_t inner = weight.size(0), outer = weight.size(1);
   const int panel = gather().panel;
   const at::Tensor panels = packed(weight, false), out = at::empty({kept.size(), outer}, grad.options());
-  const std::vector<float> nothing(inner, 0.0f);  // what lies outside the map
+  const std::vector<float> nothing(inner, 0.0f);  // positions outside the map
   const float* const in = grad.data_ptr<float>();
   const float* const w = panels.data_ptr<float>();
   float* const to = out.data_ptr<float>();
@@ -202,7 +203,8 @@ at::Tensor input_gradient(const Kept& kept, const std::vector<int64_t>& reached,
   return out;
 }
 
-at::Tensor weight_gradient(const Kept& kept, const std::vector<int64_t>& reached, const at::Tensor& grad, const at::Tensor& rows) {
+at::Tensor weight_gradient(const Kept& kept, const std::vector<int64_t>& reached, const at::Tensor& grad, const
+at::Tensor& rows) {
   const int64_t inner = rows.size(1), outer = grad.size(1);
   const int panel = gather().panel;
   const at::Tensor taps = at::zeros({kTaps, inner, outer}, rows.options());
@@ -210,8 +212,8 @@ at::Tensor weight_gradient(const Kept& kept, const std::vector<int64_t>& reached
   const float* const right = grad.data_ptr<float>();
   float* const to = taps.data_ptr<float>();
 
-  // A task owns one panel of one tap. A thread takes its tasks image by image, so that the image stays in the cache,
-  // and rows piece by piece, which then stay in the first one for all tiles.
+  // A task owns one panel of one tap. A thread processes its tasks image by image, so that the image stays in the
+  // cache, and rows piece by piece, so that a piece stays in L1 for all tiles.
   const int64_t per_tap = outer / panel;
   const auto add_image = [&](int64_t n, int tap, int64_t column) {
     const float *lefts[kRowsOfPiece], *rights[kRowsOfPiece];

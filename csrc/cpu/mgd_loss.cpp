@@ -28,7 +28,7 @@ at::Tensor mask(const at::Tensor& seed, int64_t threshold, at::IntArrayRef shape
 }
 
 // ---- the ReLU ----------------------------------------------------------------------------------------------------
-// One bit per element, in memory order, is all that the backward needs of a ReLU's output.
+// The backward of a ReLU needs one bit per element of its output, in memory order.
 at::Tensor relu_bits(const at::Tensor& x) {
   const int64_t count = x.numel(), bytes = (count + 7) / 8;
   at::Tensor bits = at::empty({bytes}, x.options().dtype(at::kByte).memory_format(at::MemoryFormat::Contiguous));
@@ -47,7 +47,7 @@ at::Tensor relu_bits(const at::Tensor& x) {
   return bits;
 }
 
-// Elements as integers of their size: a loop that compilers turn into vector instructions.
+// Elements as integers of their size: compilers vectorize this loop.
 template <class Word>
 void clear_unset(void* data, const uint8_t* bits, int64_t count) {
   Word* out = static_cast<Word*>(data);
@@ -129,8 +129,8 @@ std::vector<at::Tensor> backward(const at::Tensor& grad_output, at::TensorList s
   });
 }
 
-// generated = scale * (generated - teacher); returns the sum of the squares of the difference. Image by image where the
-// teacher has another layout, as its copy in this one is then that of an image.
+// generated = scale * (generated - teacher); returns the sum of the squares of the difference. Image by image if the
+// teacher has another layout, so that only one image is copied to this one at a time.
 template <class A>
 double subtract(const at::Tensor& generated, const at::Tensor& teacher, double scale) {
   const auto same = [&](const at::Tensor& s, const at::Tensor& t) {

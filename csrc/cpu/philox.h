@@ -1,4 +1,4 @@
-// Philox4x32-10 (Salmon et al. 2011), word 0: the number that decides whether MGD's mask keeps a position.
+// Philox4x32-10 (Salmon et al. 2011), word 0, compared with a threshold for MGD's mask.
 #pragma once
 
 #include <cstdint>

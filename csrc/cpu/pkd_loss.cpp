@@ -12,7 +12,7 @@
 namespace kdops {
 namespace {
 
-// Fields of the statistics that the backward gets, one value a channel; the operator's schema fixes them.
+// Fields of the statistics saved for backward, one value a channel. docs/design/notation.md has their formulas.
 enum Stat { kMeanS, kRS, kMeanT, kRT, kQS, kDot, kMeanSLo, kMeanTLo, kStats };
 enum ChannelWork { kValue = kStats, kChannelFields };
 // What a row needs between the passes.
@@ -24,7 +24,7 @@ enum RowWork {
   kRowST,
   kRowDD,
   kRowFields,
-  kAlpha = kRowSS,  // the gradient's, when the sums are no longer needed
+  kAlpha = kRowSS,  // for the gradient, which no longer needs the sums
   kBeta = kRowTT,
 };
 
@@ -90,7 +90,7 @@ class Pkd {
   // Chan's formula over the rows of channel `c`, the first of which is `row`.
   void merge(const Level& level, int64_t row, int64_t c) const {
     const double batch = level.batch, count = batch * level.positions;
-    // About the first row's, so that a constant channel has its own value as its mean, exactly.
+    // Relative to the first row's mean, so that the mean of a constant channel is exactly its value.
     const double first_s = *field(kRowMeanS, row), first_t = *field(kRowMeanT, row);
     double mean_s = first_s, mean_t = first_t, ss = 0, tt = 0, st = 0, dd = 0;
     const auto each = [&](auto&& visit) {
@@ -115,12 +115,12 @@ class Pkd {
     *channel(kQS, c) = static_cast<A>(s.q);
     const auto [distance, dot] = distance_of(s.r, t.r, ss, tt, st, dd);
     *channel(kDot, c) = static_cast<A>(dot);
-    // Rounding may leave less than 0 of a distance that vanishes; NaN stays.
+    // Rounding may make a vanishing distance negative; NaN stays.
     *channel(kValue, c) = static_cast<A>(o_.weight / (2 * count) * (distance < 0 ? 0 : distance));
   }
 
-  // r_S^2 SS + r_T^2 TT - 2 r_S r_T ST, and r_S^2 SS - r_S r_T ST. These forms cancel when the student comes near to the
-  // teacher; those with DD do not, but they do where the maps differ in scale.
+  // r_S^2 SS + r_T^2 TT - 2 r_S r_T ST, and r_S^2 SS - r_S r_T ST. These forms cancel when the student is close to the
+  // teacher; those with DD do not, but they cancel where the maps differ in scale.
   static std::pair<double, double> distance_of(double r_s, double r_t, double ss, double tt, double st, double dd) {
     if (r_s < 4 * r_t && r_t < 4 * r_s) {
       const double surplus = r_s * ss - r_t * tt;

@@ -14,7 +14,7 @@ namespace {
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kElementsPerThread = 1 << 15;
 
-// The stride from one position to the next, within a line; of a map that is one wide, from line to line.
+// The stride from one position to the next: within a line, or from line to line if a line has one position.
 int64_t position_step(const at::Tensor& x) { return x.size(3) == 1 ? x.stride(2) : x.stride(3); }
 
 bool positions_readable(const at::Tensor& x) { return x.size(2) * x.size(3) == 1 || position_step(x) == 1; }
@@ -35,7 +35,7 @@ at::Tensor made_readable(const at::Tensor& x, Lanes mode) {
   return readable(x, mode) ? x : x.contiguous(format_of(mode));
 }
 
-// The student's own layout decides; a map that is readable both ways has one position or one channel.
+// Chosen by the student's layout; a map that is readable both ways has one position or one channel.
 Lanes mode_of(const at::Tensor& student, int lanes) {
   const bool by_channels = channels_readable(student), by_positions = positions_readable(student);
   if (by_channels && by_positions) {
@@ -100,13 +100,13 @@ void Problem::run(const std::vector<Pass>& passes) const {
   int64_t elements = 0, fewest_groups = levels[0].blocks;
   for (const auto& level : levels) {
     elements += level.student.numel();
-    // The largest level decides; it comes first in every pyramid.
+    // The largest level decides; it is the first of every pyramid.
     if (level.student.numel() > elements / 2) fewest_groups = level.blocks;
   }
   const int64_t threads =
       at::in_parallel_region() ? 1 : std::min<int64_t>(at::get_num_threads(), 1 + elements / kElementsPerThread);
 
-  // Every thread takes its share of every level, so that a large level does not fall to one of them.
+  // Every thread gets a share of every level, so that no thread has a large level to itself.
   const auto in_parallel = [&](auto count, auto&& work) {
     at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
       for (const auto& level : levels) {
@@ -167,7 +167,7 @@ Scale channel_scale(int64_t norm, double eps, double m2, double count) {
     return {r, r / count};
   }
   const double deviation = std::sqrt(m2 / (count - 1));
-  // Where the deviation is 0 its gradient is taken as 0, as torch.std does.
+  // Where the deviation is 0, its gradient is defined as 0, as in torch.std.
   return {1 / (deviation + eps), deviation == 0 ? 0.0 : 1 / ((count - 1) * deviation)};
 }
 

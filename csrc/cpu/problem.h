@@ -1,4 +1,4 @@
-// A call as the vector kernels see it: levels cut into strips, and the passes over them in parallel.
+// The work of a call: levels divided into strips, and parallel passes over them.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -14,13 +14,13 @@ namespace kdops {
 
 enum Reduction : int64_t { kMean = 0, kSum = 1, kNone = 2 };
 enum Norm : int64_t { kNoNorm = 0, kBatchNorm = 1, kPkdNorm = 2 };
-enum Save : int64_t { kSaveNothing = 0, kSaveStats = 1, kSaveGrads = 2 };  // bits: both can be asked for
+enum Save : int64_t { kSaveNothing = 0, kSaveStats = 1, kSaveGrads = 2 };  // bits: both may be set
 
-// One pyramid level. A unit (n, block) is what one kernel call handles: a row, or as many neighbouring channels as a
+// One pyramid level. A unit (n, block) is the work of one kernel call: a row, or as many neighbouring channels as a
 // register has lanes. A group is the units of all n: the channels that share statistics.
 struct Level {
   at::Tensor student, teacher;     // readable in `mode`
-  at::Tensor grad, grad_in_place;  // what the caller gets, and what the kernels write (the same but for odd strides)
+  at::Tensor grad, grad_in_place;  // what is returned, and what the kernels write (another tensor only for odd strides)
   int64_t batch, channels, positions;
   int64_t first_row, first_channel;  // in arrays over all levels
   int64_t blocks;                    // groups
@@ -34,7 +34,7 @@ struct Level {
   int64_t row(int64_t n, int64_t block) const { return first_row + n * channels + block * block_rows; }
   int64_t channel(int64_t block) const { return first_channel + block * block_rows; }
   Strip strip(const at::Tensor& x, int64_t n, int64_t block) const;
-  // The same, while the next group's is fetched.
+  // The same, and prefetch the next group's strip.
   Strip strip_fetching(const at::Tensor& x, int64_t n, int64_t block) const;
 };
 
@@ -51,15 +51,15 @@ struct Problem {
   // `lanes`: of the kernels' registers. With `want_grads`, gradients are allocated.
   Problem(at::TensorList student, at::TensorList teacher, int lanes, bool want_grads);
 
-  // The passes in order. All of a group's, then the next group's, so that its maps stay in the cache; where there are
-  // too few groups for the threads, pass by pass over units.
+  // Runs the passes in order: all passes of a group, then the next group, so that its maps stay in the cache. With too
+  // few groups for the threads, pass by pass over all units.
   void run(const std::vector<Pass>& passes) const;
 
-  // The gradients for the caller.
+  // The gradients to return.
   std::vector<at::Tensor> finished_grads() const;
 };
 
-// grad_output by unit of reduction "none"; a scalar, or none at all (1), serves every unit.
+// grad_output of each unit for reduction "none"; a scalar, or none at all (1), applies to every unit.
 template <class A>
 struct GradOutput {
   const A* data = nullptr;
@@ -71,8 +71,8 @@ struct GradOutput {
 
 using Outputs = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>;  // loss, stats, grads
 
-// Calls run(A{}, student, teacher) with A = float, or with A = double and all maps in fp64 where one of them is.
-// fp64 is for checking gradients, so its copies do not matter.
+// Calls run(A{}, student, teacher) with A = float, or with A = double and all maps in fp64 if one of them is. fp64 is
+// for checking gradients, so the copies do not matter.
 Dtype dtype_of(const at::Tensor& x);
 bool is_double(at::TensorList student, at::TensorList teacher);
 std::vector<at::Tensor> as_double(at::TensorList maps);

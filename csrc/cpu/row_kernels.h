@@ -1,7 +1,7 @@
 // The vector kernels: sums and gradients over one strip. Included once per instruction set, after vec.h.
 //
-// A sweep hands a body the registers of one or two strips, with a mask that tells which lanes are in use, and what the
-// body returns to a third strip where there is one. Full registers get `All`, whose selections compile to nothing.
+// A sweep calls a body with the registers of one or two strips and a mask of the lanes in use, and stores what the body
+// returns to a third strip if there is one. Full registers have the mask `All`, which compiles to nothing.
 
 struct All {
   template <class V>
@@ -27,7 +27,7 @@ inline Some<A> first(int count) {
   return mask;
 }
 
-// Accumulators are emptied into double after so many registers: the error of a long sum stays that of a short one.
+// Accumulators are flushed to double after this many registers, so that a long sum is as accurate as a short one.
 constexpr int64_t kFlush = 32;
 
 template <class T>
@@ -40,7 +40,7 @@ inline void fetch_next(const Strip& x, int64_t segment, int64_t j) {
   __builtin_prefetch(at<T>(x, segment, j) + x.next, 0, 2);
 }
 
-// Where a body's results go, if it has any.
+// Destinations of a body's results: none, or a strip.
 struct Nowhere {
   template <class Body, class V, class M>
   void one(int64_t, int64_t, int, Body& body, V x, V y, M mask) const {
@@ -70,8 +70,8 @@ struct Into {
   }
 };
 
-// out = body(s, t, mask); flush() after every kFlush registers and at the end. Registers come in pairs where both maps
-// come apart alike.
+// out = body(s, t, mask); flush() after every kFlush registers and at the end. Registers are processed in pairs if both
+// maps are deinterleaved in the same way.
 template <class A, class S, class T, int kMode, class Out, class Body, class Flush>
 inline void sweep(const Strip& s, const Strip& t, int rows, const Out& out, Body&& body, Flush&& flush) {
   constexpr int64_t width = lanes_of<A>;
@@ -115,7 +115,7 @@ inline void sweep(const Strip& s, const Strip& t, int rows, const Out& out, Body
   flush();
 }
 
-// A sum in two levels.
+// A sum of partial sums in A, accumulated in double.
 template <class A>
 struct Sum {
   Vec<A> now{};
@@ -131,12 +131,12 @@ inline Vec<A> narrowed(WideVec<A> v) {
   return __builtin_convertvector(v, Vec<A>);
 }
 
-// Per-row numbers: one for the whole register (positions in lanes) or one a lane (channels in lanes).
+// Per-row numbers: one for the whole register (positions in lanes) or one per lane (channels in lanes).
 template <class A, int kMode>
 inline Vec<A> per_row(const A* p, int rows) {
   return kMode == kPositionsInLanes ? broadcast<A>(*p) : widen_part<A>(p, rows);
 }
-// A double as the nearest A and the rest.
+// A double as the nearest A and the remainder.
 template <class A, int kMode>
 inline void per_row_in_two(const double* p, int rows, Vec<A>& nearest, Vec<A>& rest) {
   if (kMode == kPositionsInLanes) {
@@ -161,9 +161,9 @@ inline void put_mean(A* mean, A* mean_lo, A centre, double shift) {
   *mean_lo = static_cast<A>(whole - *mean);
 }
 
-// A value near the mean, so that centred sums do not cancel: of the registers at the start, in the middle and at the
-// end of the strip each lane's median, which one outlier cannot move, then the mean of the lanes that are positions.
-// A constant row is its own centre, exactly.
+// A value near the mean, so that centred sums do not cancel: each lane's median of the registers at the start, in the
+// middle and at the end of the strip, which is robust against one outlier, then the mean over lanes that are positions.
+// The centre of a constant row is exactly its value.
 template <class A, class T, int kMode>
 inline Vec<A> centre_of(const Strip& x, int rows) {
   constexpr int64_t width = kMode == kPositionsInLanes ? lanes_of<A> : 1;

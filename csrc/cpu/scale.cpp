@@ -1,4 +1,4 @@
-// Saved gradients times grad_output, the product in fp32 (fp64) before rounding.
+// Saved gradients times grad_output, multiplied in fp32 (fp64) and rounded once.
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/scalar_tensor.h>
@@ -22,7 +22,7 @@ void scale_into(const at::Tensor& in, const at::Tensor& out, Dtype dtype, double
   });
 }
 
-// Gradients are dense and never views: memory order serves.
+// Gradients are dense and never views: elements are processed in memory order.
 void scale_one(const at::Tensor& in, const at::Tensor& out, double factor) {
   if (in.scalar_type() == at::kDouble)
     scale_into<double>(in, out, kFloat64, factor);

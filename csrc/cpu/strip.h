@@ -1,4 +1,4 @@
-// What the vector kernels work on, free of PyTorch: element types, strips of a map, and the table of kernels.
+// The interface of the vector kernels, without PyTorch: element types, strips of a map, and the table of kernels.
 #pragma once
 
 #include <cstdint>
@@ -17,10 +17,10 @@ struct Float16 {
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
 constexpr int kDtypes = 4;
 
-// A strip is what one kernel call reads: either one row (n, c), its positions in the lanes of a register, or as many
-// rows (n, c...c+lanes) as a register has lanes, one position after the other (channels_last).
-// Position (i, j) of `segments` x `length` lies at data + i * segment_stride + j * step, in elements. `next`, where not
-// 0, is how far the strip lies that is to be fetched into the cache meanwhile.
+// A strip is what one kernel call reads: either one row (n, c), with positions in the lanes of a register, or as many
+// rows (n, c...c+lanes) as a register has lanes, one position after the other (channels_last). Position (i, j) of
+// `segments` x `length` is at data + i * segment_stride + j * step, in elements. `next`, if not 0, is the offset of the
+// strip to prefetch.
 struct Strip {
   void* data;
   int64_t segments, segment_stride;
@@ -30,10 +30,10 @@ struct Strip {
 
 enum Lanes : int { kPositionsInLanes = 0, kChannelsInLanes = 1 };
 
-// Per-row numbers live in arrays of the accumulation type A (float or double), one entry a row. A kernel gets the
-// address of the first of its `rows` entries (1, or the lanes in use).
-// A mean is a sum of two: `mean` is its nearest A, `mean_lo` the rest, without which x - mean of a map whose mean is 1000
-// deviations would be wrong by 3e-5 deviations.
+// Per-row numbers are in arrays of the accumulation type A (float or double), one entry a row. A kernel gets the
+// address of the first of its `rows` entries (1, or the lanes in use). A mean is stored as a sum: `mean` is the nearest
+// A, `mean_lo` the remainder, without which x - mean of a map whose mean is 1000 deviations would be off by 3e-5
+// deviations.
 template <class A>
 struct Moments {  // out
   A *mean, *mean_lo, *m2, *max;
@@ -42,8 +42,8 @@ template <class A>
 struct SoftmaxIn {
   const A *k_s, *m_s, *k_t, *m_t;
 };
-// Sums over e_s = exp(k_s (s - m_s)) and e_t. z_gap is the sum of e_s - e_t: z_s - z_t would round away what is left of
-// it when the student comes near to the teacher. et_log is the sum of e_t log2(e_t / e_s).
+// Sums over e_s = exp(k_s (s - m_s)) and e_t. z_gap is the sum of e_s - e_t: z_s - z_t would cancel when the student
+// is close to the teacher. et_log is the sum of e_t log2(e_t / e_s).
 struct SoftmaxOut {
   double *z_s, *z_t, *z_gap, *es_s, *et_s, *et_log;
 };
@@ -74,7 +74,7 @@ struct Kernels {
   const char* name;
 };
 
-// The widest instruction set that this processor has, chosen once.
+// The kernels of the instruction set in use, by default the widest of this processor.
 template <class A>
 const Kernels<A>& kernels();
 

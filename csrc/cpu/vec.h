@@ -1,8 +1,8 @@
 // Vectors of one instruction set: types, exp2, loads that widen and stores that narrow.
 //
 // Included once per instruction set, inside that set's namespace and target region (see kernels_*.cpp), with
-// KDOPS_LANES = floats per register. Everything is written with the compiler's vector extension, so the same text
-// becomes AVX-512, AVX2 or whatever the baseline has.
+// KDOPS_LANES = floats per register. Everything uses the compiler's vector extension, so the same source compiles to
+// AVX-512, AVX2 or the baseline.
 
 constexpr int kLanes = KDOPS_LANES;
 
@@ -22,7 +22,7 @@ struct VecOf<double> {
 };
 template <class A>
 using Vec = typename VecOf<A>::type;
-// As many lanes, in double.
+// The same number of lanes, in double.
 template <class A>
 using WideVec = typename VecOf<A>::wide;
 template <class A>
@@ -59,7 +59,7 @@ inline Vec<float> widen(const Float16* p) {
 #endif
 }
 
-// Two registers of neighbours. Those of bf16 come apart into even and odd elements, an instruction each.
+// Two neighbouring registers. bf16 is deinterleaved into even and odd elements, one instruction each.
 template <class T>
 constexpr bool comes_apart = false;
 template <>
@@ -85,8 +85,8 @@ inline Vec<A> widen_part(const T* p, int count) {
 // ---- stores ------------------------------------------------------------------------------------------------------
 inline void narrow(float* p, Vec<float> v) { __builtin_memcpy(p, &v, sizeof(v)); }
 inline void narrow(double* p, Vec<double> v) { __builtin_memcpy(p, &v, sizeof(v)); }
-// The nearest bf16, ties to even, in the upper halves; what the lower halves hold is to be dropped. A NaN is not added
-// to, as that could carry into its sign: results of arithmetic are quiet, which the upper half alone tells.
+// The nearest bf16, ties to even, in the upper halves; the lower halves are to be dropped. Nothing is added to a NaN,
+// as that could carry into its sign; a NaN from arithmetic is quiet, so its upper half is a NaN as well.
 inline U32 rounded_to_bf16(Vec<float> v) {
   const U32 bits = (U32)v, up = ((bits >> 16) & 1) + 0x7fff;
   const MaskVec<float> is_number = v == v;
@@ -138,7 +138,7 @@ template <class A>
 inline Vec<A> min(Vec<A> a, Vec<A> b) {
   return a < b ? a : b;
 }
-#if KDOPS_LANES == 16  // one instruction, where GCC makes two of the comparison
+#if KDOPS_LANES == 16  // one instruction, where GCC compiles the comparison to two
 template <>
 inline Vec<float> max<float>(Vec<float> a, Vec<float> b) {
   return (Vec<float>)_mm512_max_ps((__m512)a, (__m512)b);
@@ -150,8 +150,8 @@ inline Vec<float> max<float>(Vec<float> a, Vec<float> b) {
 }
 #endif
 
-// A product that the compiler may not fuse into a sum: a e - b e is 0 where the products are equal, fma(a, e, -(b e)) is
-// the rounding of one of them.
+// Keeps the compiler from fusing a product into a sum: a e - b e is 0 where the products are equal, but fma(a, e, -(b
+// e)) is the rounding error of one of them.
 template <class V>
 inline V rounded(V v) {
 #if KDOPS_LANES == 16
@@ -160,7 +160,7 @@ inline V rounded(V v) {
   asm("" : "+x"(v));
 #elif defined(__aarch64__)
   asm("" : "+w"(v));
-#endif  // the baseline of x86 has no fused products
+#endif  // the baseline of x86 has no fma
   return v;
 }
 

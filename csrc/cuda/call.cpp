@@ -21,10 +21,10 @@ Dtype dtype_of(const at::Tensor& x) {
   }
 }
 
-// A stride that is never used is 0.
+// Unused strides are 0.
 int64_t stride_of(const at::Tensor& x, int dim) { return x.size(dim) == 1 ? 0 : x.stride(dim); }
 
-// The stride of height and width as one dimension, or -1 where they are none.
+// The stride of height and width as one dimension, or -1 if they do not collapse.
 int64_t position_stride(const at::Tensor& x) {
   if (x.size(2) == 1 && x.size(3) == 1) return 1;
   if (x.size(3) == 1) return x.stride(2);
@@ -45,7 +45,7 @@ bool alike(const Map& a, const Map& b, int64_t element_bytes, int64_t pack) {
   return phase(a) == phase(b) && (a.stride_n - b.stride_n) % pack == 0 && (a.stride_c - b.stride_c) % pack == 0;
 }
 
-// Two neighbouring channels can be read at once.
+// Whether two neighbouring channels can be read at once.
 bool in_pairs(const Map& m, int64_t element_bytes) {
   return reinterpret_cast<uintptr_t>(m.data) % (2 * element_bytes) == 0 && m.stride_n % 2 == 0 && m.stride_p % 2 == 0;
 }

@@ -1,4 +1,4 @@
-// A call of an operator, from tensors to the kernels' problem.
+// Converts the tensors of an operator call to the kernels' Problem.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -19,8 +19,8 @@ struct Options {
   int64_t reduction;
 };
 
-// The maps of a call as `path` reads them, with gradients allocated if wanted. Throws std::invalid_argument where the
-// path cannot read them.
+// The maps of a call as `path` reads them, with gradients allocated if wanted. Throws std::invalid_argument if the path
+// does not support them.
 class Call {
  public:
   Call(at::TensorList student, at::TensorList teacher, const Options& options, Path path, bool want_grads);
@@ -32,7 +32,7 @@ class Call {
 
   at::Tensor empty(at::IntArrayRef sizes) const;
   at::Tensor zero_counters(int64_t count) const;
-  // Throws where the path cannot take the maps.
+  // Throws if the path does not support the maps.
   Level level_of(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor* grad, Path path) const;
 
  private:

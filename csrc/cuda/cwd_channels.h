@@ -1,9 +1,8 @@
-// Channel-wise distillation, NCHW: the blocks of a group take a channel through moments, softmax sums and gradient.
-// Not run on a GPU yet: arithmetic and indexing are tested on the host shim.
+// Channel-wise distillation, NCHW: a group of blocks computes moments, softmax sums and gradient of a channel.
 //
 // On chip (paths 1 and 2) student and teacher are read from memory once: 6 bytes an element in half precision with the
 // gradient, 4 without. In waves (path 3) they are read three times, the second and third time from the L2 cache, as
-// long as the channels under way fit into it.
+// long as the channels in flight fit into it.
 #pragma once
 
 #include "cwd_math.h"
@@ -11,7 +10,7 @@
 
 namespace kdops::cuda {
 
-// Partial results of a piece, and what a block knows about each image of its channel.
+// Partial results of a piece, values of each image of the channel, and values of the channel.
 enum CwdPart { kPartMeanS, kPartMeanSLo, kPartM2S, kPartMaxS, kPartMeanT, kPartMeanTLo, kPartM2T, kPartMaxT,
                kMomentParts, kCwdParts = kMomentParts + kSoftmaxSums };
 enum CwdImage { kImageMaxS, kImageMaxT, kImageA, kImageB, kImageDot, kCwdImages };
@@ -148,7 +147,7 @@ class CwdChannel {
     });
   }
 
-  // Values of each row; the first block of the group writes them out.
+  // Values of each row; the first block of the group writes them to memory.
   KDOPS_FN void finish_images(const Level& level, int c) const {
     const float* channel = group_.channel();
     for (int n = device::thread(); n < level.batch; n += device::threads()) {
@@ -196,7 +195,7 @@ KDOPS_KERNEL(kThreads, kChannelBlocks) cwd_channels(KDOPS_PARAMETER Problem p) {
   CwdChannel<T, kOnChip>(p).run();
 }
 
-// The gradient from saved statistics: one pass. A warp takes one piece of a row.
+// The gradient from saved statistics, in one pass. A warp processes one piece of a row at a time.
 template <class T>
 KDOPS_KERNEL(kThreads, kChannelBlocks) cwd_backward(KDOPS_PARAMETER Problem p) {
   const int unit = device::block() / p.group, part = device::block() % p.group;

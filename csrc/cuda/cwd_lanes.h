@@ -1,5 +1,4 @@
 // Channel-wise distillation, channels_last: three passes over the maps, 14 bytes an element in half precision.
-// Not run on a GPU yet: arithmetic and indexing are tested on the host shim.
 //
 // Launches: cwd_lane_moments, cwd_lane_merge, cwd_lane_sums, cwd_lane_finish; then, or in the backward,
 // cwd_lane_gradient.
@@ -12,7 +11,7 @@ namespace kdops::cuda {
 
 enum LaneMoment { kLaneMeanS, kLaneMeanSLo, kLaneM2S, kLaneMaxS, kLaneMeanT, kLaneMeanTLo, kLaneM2T, kLaneMaxT,
                   kLaneMoments };
-constexpr int kCwdOffset = kCwdDot;  // of a row, in the place of its dot product until cwd_lane_finish has that
+constexpr int kCwdOffset = kCwdDot;  // of a row, in the slot of its dot product until cwd_lane_finish writes that
 
 template <class T>
 KDOPS_KERNEL(kThreads, 4) cwd_lane_moments(KDOPS_PARAMETER Problem p) {
@@ -57,7 +56,7 @@ KDOPS_KERNEL(kThreads, 4) cwd_lane_moments(KDOPS_PARAMETER Problem p) {
   for (int f = 0; f < kLaneMoments / 2; ++f) part(p, level, first + f, tile.piece, channel) = merged_values[f];
 }
 
-// 32 channels of a level for each block: a lane has one, the warps share its pieces. `group` blocks serve a level.
+// A block merges 32 channels of a level, one per lane; its warps share the pieces. A level has `group` blocks.
 KDOPS_KERNEL(kThreads, 2) cwd_lane_merge(KDOPS_PARAMETER Problem p) {
   constexpr int kFields = 4;  // of a map: count, mean and its rest, m2
   const Level& level = p.level[device::block() / p.group];
@@ -135,7 +134,7 @@ KDOPS_KERNEL(kThreads, 4) cwd_lane_sums(KDOPS_PARAMETER Problem p) {
   }
 }
 
-// A row for each thread. `group` blocks serve a level.
+// One row per thread. A level has `group` blocks.
 KDOPS_KERNEL(kThreads, 4) cwd_lane_finish(KDOPS_PARAMETER Problem p) {
   const Level& level = p.level[device::block() / p.group];
   const int64_t at = static_cast<int64_t>(device::block() % p.group) * kThreads + device::thread();

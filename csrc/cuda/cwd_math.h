@@ -1,15 +1,15 @@
-// Channel-wise distillation, element by element and row by row: what both layouts share.
+// Channel-wise distillation, the arithmetic of elements and rows that both layouts share.
 //
 // A row's divergence is E_T[d] + ln(Z_S / Z_T) + offset, with d = ln e_T - ln e_S - offset for any offset. The two
-// terms nearly cancel where the student comes close to the teacher. With w = E_T[exp(-d) - 1] it is also
+// terms nearly cancel where the student is close to the teacher. With w = E_T[exp(-d) - 1] it is also
 //
 //     E_T[d + exp(-d) - 1] + (ln(1 + w) - w)
 //
-// the first a sum of what is never negative, the second of second order in w, which an offset near the mean of d keeps
-// small. Both come from one visit to the row, so that every path has them without another byte. What is left: each d is
-// off by the rounding of fp32 products, some 1e-7 of the logits' range. Relative errors of the value with a student
-// whose elements differ by e of themselves from the teacher's, tau 4, on every path: 2e-7 down to e = 1e-2 (loss 5e-5),
-// 2e-6 at 1e-3, 1e-5 at 1e-4 and 3e-4 at 1e-5 (loss 5e-11).
+// The first term is a sum of non-negative numbers, the second is of second order in w, which an offset near the mean of
+// d keeps small. Both come from one pass over the row, so no path reads more for them. The remaining error is that of
+// each d, from the rounding of fp32 products, some 1e-7 of the logits' range. Relative errors of the value with a
+// student whose elements differ by e of themselves from the teacher's, tau 4, on every path: 2e-7 down to e = 1e-2
+// (loss 5e-5), 2e-6 at 1e-3, 1e-5 at 1e-4 and 3e-4 at 1e-5 (loss 5e-11).
 #pragma once
 
 #include "numbers.h"
@@ -17,7 +17,7 @@
 namespace kdops::cuda {
 
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr float kMostOffset = 24.0f;  // 2 to that stays far from overflow
+constexpr float kMostOffset = 24.0f;  // 2^24 is far from overflow
 
 // e_X = 2^(k_X (x - max_X)) of a row: exponents, d and offsets are in units of ln 2.
 struct SoftmaxInputs {
@@ -34,7 +34,7 @@ struct SumInputs {
 KDOPS_FN SumInputs sum_inputs(const SoftmaxInputs& in, float offset) {
   return {in, offset, device::exp2(offset)};
 }
-// d at the centres of both maps, without an offset. NaN and what is too large give way to a bound: any offset is right.
+// d at the centres of both maps, without an offset. NaN and large values are clamped: the result holds for any offset.
 KDOPS_FN float row_offset(const SoftmaxInputs& in, float centre_s, float centre_t) {
   const float wanted = in.k_t * (centre_t - in.max_t) - in.k_s * (centre_s - in.max_s);
   return wanted > -kMostOffset ? (wanted < kMostOffset ? wanted : kMostOffset) : -kMostOffset;
@@ -51,7 +51,7 @@ KDOPS_FN void add_softmax(SoftmaxSums& sums, const SumInputs& x, float s, float 
   const float es = device::exp2(ds * x.in.k_s), et = device::exp2(dt * x.in.k_t), weighted = et * d;
   constexpr float a = kLn2 * kLn2 / 2, b = -a * kLn2 / 3, c = -b * kLn2 / 4, e = -c * kLn2 / 5, f = -e * kLn2 / 6;
   const float series = d * (a + d * (b + d * (c + d * (e + d * f))));
-  const bool small = fabsf(d) < 0.36f;  // where the series is right to 4e-7, and the other form would cancel
+  const bool small = fabsf(d) < 0.36f;  // where the series is accurate to 4e-7, and the other form would cancel
   sums.z_s += es;
   sums.z_t += et;
   sums.difference += weighted;
@@ -65,8 +65,8 @@ KDOPS_FN void values_of(const SoftmaxSums& x, float (&values)[kSoftmaxSums]) {
   values[kZS] = x.z_s, values[kZT] = x.z_t, values[kDifference] = x.difference, values[kExcess] = x.excess;
   values[kSUnderS] = x.s_under_s, values[kSUnderT] = x.s_under_t;
 }
-// Of a whole row from its pieces, value(field, piece); there may be hundreds, so that their sums are kept in two
-// numbers.
+// The sums of a row from its pieces, value(field, piece). There may be hundreds of pieces, so they are added in two
+// numbers each.
 template <class Value>
 KDOPS_FN SoftmaxSums row_sums(int first, int stop, Value&& value) {
   Wide all[kSoftmaxSums] = {};
@@ -78,7 +78,7 @@ KDOPS_FN SoftmaxSums row_sums(int first, int stop, Value&& value) {
   return {total(kZS), total(kZT), total(kDifference), total(kExcess), total(kSUnderS), total(kSUnderT)};
 }
 
-// E[s] under the student's softmax less E[s] under the teacher's, and the row's divergence.
+// E_{p_S}[s] - E_{p_T}[s], and the divergence of the row.
 KDOPS_FN float row_dot(const SoftmaxSums& sums) { return sums.s_under_s / sums.z_s - sums.s_under_t / sums.z_t; }
 KDOPS_FN float log1p_less_its_argument(float w) {
   if (fabsf(w) > 0.125f) return log1pf(w) - w;
@@ -93,12 +93,12 @@ KDOPS_FN float row_divergence(const SoftmaxSums& sums, float offset) {
   return kLn2 * (sums.difference / sums.z_t + offset) + logf(sums.z_s / sums.z_t);
 }
 
-// dS = a e_S - b e_T - slope (s - mean) + rest, the mean rounded and `rest` what that left out.
+// dS = a e_S - b e_T - slope (s - mean) + rest, with the rounded mean; `rest` corrects its rounding.
 struct GradientInputs {
   SoftmaxInputs in;
   float a, b, slope, mean, rest;
 };
-// Without normalisation (q is 0) the images of a channel are apart: NaN in one stays there.
+// Without normalisation (q is 0) the images of a channel are independent: NaN in one must not reach the others.
 KDOPS_FN float slope_of(float r, float q, float projection) { return q == 0 ? 0.0f : r * r * q * projection; }
 KDOPS_FN float gradient_of(const GradientInputs& g, float s, float t) {
   const float es = device::exp2((s - g.in.max_s) * g.in.k_s), et = device::exp2((t - g.in.max_t) * g.in.k_t);

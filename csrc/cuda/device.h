@@ -1,6 +1,6 @@
-// What the kernels ask of the machine, behind thin wrappers: with a host compiler the same names come from a shim that
+// Thin wrappers around the instructions that the kernels use. With a host compiler the same names come from a shim that
 // runs the threads of a block as fibers (tests/cuda_shim), so that the kernels' arithmetic and indexing are tested
-// without a GPU. What stands in this file itself is compiled for GPUs, and has not run on one yet.
+// without a GPU.
 #pragma once
 
 #ifdef KDOPS_HOST_SHIM
@@ -49,7 +49,7 @@ KDOPS_FN void cluster_wait() {
   __trap();
 #endif
 }
-// The same place in the shared memory of another block of the cluster.
+// The same address in the shared memory of another block of the cluster.
 KDOPS_FN const float* of_rank(const float* p, int rank) {
 #if __CUDA_ARCH__ >= 900
   const float* there;
@@ -70,7 +70,7 @@ KDOPS_FN void wait_for(const unsigned* counter, unsigned count) {
   while (*static_cast<const volatile unsigned*>(counter) < count) __nanosleep(32);
   __threadfence();
 }
-// Around the first-level cache, which another block's store does not reach.
+// Bypass L1, which is not coherent with another block's store.
 KDOPS_FN float load_shared_between_blocks(const float* p) { return __ldcg(p); }
 KDOPS_FN void store_shared_between_blocks(float* p, float x) { __stcg(p, x); }
 
@@ -88,7 +88,7 @@ KDOPS_FN void close_copy_group() {
   asm volatile("cp.async.commit_group;" ::: "memory");
 #endif
 }
-// Waits until at most `open` (or fewer) of this thread's latest groups are under way.
+// Waits until at most `open` of this thread's latest groups are in flight.
 KDOPS_FN void wait_for_copies(int open) {
 #if __CUDA_ARCH__ >= 800
   switch (open) {
@@ -141,7 +141,7 @@ KDOPS_FN Values load_global(const void* p) {
   memcpy(&v, &word, sizeof(v));
   return v;
 }
-// Gradients are not read again by this kernel: they leave the cache first.
+// Gradients are not read again by this kernel: evict them first.
 template <class Values>
 KDOPS_FN void store_global(void* p, const Values& v) {
   typename Word<sizeof(Values)>::type word;
@@ -150,12 +150,12 @@ KDOPS_FN void store_global(void* p, const Values& v) {
 }
 
 // ---- numbers --------------------------------------------------------------------------------------------------------
-KDOPS_FN float exp2(float x) {  // 2 ulp; what would be subnormal is 0
+KDOPS_FN float exp2(float x) {  // 2 ulp; subnormal results are 0
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-// A product that is not fused into a sum: a x - b y is 0 where the products are equal, fma(a, x, -(b y)) is a rounding.
+// A product that is not fused into a sum: a x - b y is 0 where the products are equal, fma(a, x, -(b y)) is not.
 KDOPS_FN float multiply(float a, float b) { return __fmul_rn(a, b); }
 KDOPS_FN float divide(float a, float b) { return __fdividef(a, b); }  // 2 ulp, for b within 2^-126 to 2^126
 

@@ -1,9 +1,8 @@
-// The blocks that share a channel, and how they tell one another their partial results.
+// A group of blocks that share a channel, and the exchange of their partial results.
 //
-// Path 1: one block. Path 2: a thread-block cluster; results lie in the shared memory of the block that found them.
-// Path 3: `group` blocks of a cooperative launch; results lie in device memory. In each case a block gathers all
-// results into a table of its own, so that what follows is the same for all and runs in a fixed order.
-// Not run on a GPU yet: barriers and addresses are tested on the host shim, in many orders of threads.
+// Path 1: one block. Path 2: a thread-block cluster; results are in the shared memory of the block that computed them.
+// Path 3: `group` blocks of a cooperative launch; results are in device memory. In each case a block gathers all
+// results into a table of its own, so that the rest is the same for all paths and runs in a fixed order.
 #pragma once
 
 #include "group_layout.h"
@@ -18,7 +17,7 @@ class Group {
       : p_(p), image_fields_(image_fields), fields_(fields), size_(p.group), rank_(device::block() % p.group),
         id_(device::block() / p.group), shared_(reinterpret_cast<float*>(device::shared_memory())) {}
 
-  // The units of this group: its share of all where blocks stay on, else one.
+  // The units of this group: several if the blocks are persistent, else one.
   KDOPS_FN int first_unit() const { return id_; }
   KDOPS_FN int unit_step() const { return device::blocks() / size_; }
   KDOPS_FN bool is_first() const { return rank_ == 0; }
@@ -38,7 +37,7 @@ class Group {
     }
   }
 
-  // Where a piece is read: in shared memory once `stage` has started its copy, or in the maps.
+  // Where a piece is read from: shared memory, to which `stage` copies it, or the maps.
   template <class T>
   KDOPS_FN Piece<T> piece(const Level& level, int c, int local, int index) const {
     const auto outside = piece_of<T>(level, c, index);
@@ -54,7 +53,7 @@ class Group {
       copy_singles(piece_of<T>(level, c, index), piece<T>(level, c, local, index));
     });
   }
-  // The first visit, f(piece, local, index): each as soon as it is there, while later copies are under way.
+  // The first pass, f(piece, local, index): each piece as soon as it has arrived, while later copies are in flight.
   template <class T, class F>
   KDOPS_FN void each_arriving_piece(const Level& level, int c, F&& f) const {
     int open = 0;
@@ -80,7 +79,7 @@ class Group {
     }
   }
 
-  // Fields that all blocks of the group have put come into the table of each. With `last`, nothing is shared after it.
+  // Gathers the fields that all blocks of the group have put into the table of each. `last`: nothing is shared later.
   KDOPS_FN void share(int first_field, int count, bool last) {
     if (!kOnChip) {
       meet_in_memory();
@@ -111,8 +110,8 @@ class Group {
   KDOPS_FN float* outside(int field, int piece) const {
     return p_.parts + ((static_cast<int64_t>(id_) * 2 + buffer_) * fields_ + field) * p_.part_count + piece;
   }
-  // All blocks of the group are on the device at once, so that waiting for them ends. Channels take turns in two
-  // buffers: one is overwritten only after the next channel's meeting, which every block comes to after its gathering.
+  // All blocks of the group are resident at once, so the wait ends. Channels alternate between two buffers: one is
+  // overwritten only after the next channel's barrier, which every block reaches after its gathering.
   KDOPS_FN void meet_in_memory() {
     meetings_ += 1;
     device::sync_block();

@@ -1,4 +1,4 @@
-// Shared memory of a block on paths 1 to 3, known to the kernels and to who launches them.
+// Layout of a block's shared memory on paths 1 to 3, for the kernels and the host side.
 #pragma once
 
 #include "problem.h"
@@ -28,7 +28,7 @@ KDOPS_BOTH Layout layout_of(const Level& level, int image_fields, int fields, in
   return layout;
 }
 
-// Bytes for a piece of one map: it keeps its misalignment there.
+// Bytes for a piece of one map, which keeps its misalignment in shared memory.
 KDOPS_BOTH int slot_bytes(int chunk, int element_bytes) { return chunk * element_bytes + 16; }
 
 }  // namespace kdops::cuda

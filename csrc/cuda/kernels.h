@@ -7,7 +7,7 @@ namespace kdops::cuda {
 
 enum Dtype : int { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
-// What a block of paths 1 to 3 keeps in shared memory besides the maps: values per image and per piece.
+// The number of values per image and per piece that a block of paths 1 to 3 keeps in shared memory.
 struct Fields {
   int images, parts;
 };
@@ -19,12 +19,12 @@ struct LossKernels {
   int element_bytes;
 };
 
-// channels_last, in the order of their launches; a loss without softmax sums has neither `sums` nor `finish`.
+// channels_last, in launch order; a loss without softmax sums has neither `sums` nor `finish`.
 struct LaneKernels {
   Kernel moments, merge, sums, finish;
   Kernel gradient;
-  int parts;         // most partial results of a piece
-  int warp_results;  // most values of a warp and channel in shared memory
+  int parts;         // maximum number of partial results of a piece
+  int warp_results;  // maximum number of values of a warp and channel in shared memory
 };
 
 LossKernels cwd_kernels(Dtype dtype);

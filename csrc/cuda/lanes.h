@@ -1,5 +1,4 @@
-// channels_last: a lane has two neighbouring channels, a warp 64, and the warps of a block take turns over positions.
-// Not run on a GPU yet.
+// channels_last: a lane has two neighbouring channels, a warp 64; positions are dealt to the warps of a block in turn.
 #pragma once
 
 #include "numbers.h"
@@ -10,7 +9,7 @@ constexpr int kLaneChannels = 2;
 constexpr int kWarpChannels = kLaneChannels * kLanes;
 constexpr int kBlockWarps = kThreads / kLanes;
 
-// What a block works on: positions of one image, of 64 channels.
+// The work of a block: positions of one image, of 64 channels.
 struct Tile {
   int image, piece, start, stop;
   int channel;  // of this lane, the first of two
@@ -95,7 +94,7 @@ KDOPS_FN float& warp_result(int fields, int warp, int field, int channel) {
   return shared[(warp * fields + field) * kWarpChannels + channel];
 }
 
-// All channels of a lane at once: one by one they would meet in half of the memory banks.
+// All channels of a lane at once: one by one they would use only half of the memory banks.
 KDOPS_FN void put_warp_result(int fields, int field, const float (&x)[kLaneChannels]) {
   Pack<float, kLaneChannels> pack;
 #pragma unroll

@@ -1,4 +1,3 @@
-// Not run on a GPU yet.
 #include "launch.h"
 
 #include <cuda_runtime.h>
@@ -63,8 +62,8 @@ int current_device() {
   return device;
 }
 
-// The driver takes microseconds to answer: each question is put once for a device and kernel. All launches have the
-// same number of threads. `ask` must not ask for anything remembered.
+// Driver queries take microseconds, so their results are cached for each device and kernel. All launches have the same
+// number of threads. `ask` must not call this function.
 template <class Ask>
 int remembered(Kernel kernel, int shared_bytes, int cluster, Ask&& ask) {
   static std::mutex mutex;
@@ -75,9 +74,9 @@ int remembered(Kernel kernel, int shared_bytes, int cluster, Ask&& ask) {
   return known != answers.end() ? known->second : answers[question] = ask();
 }
 
-constexpr int kCode = -1, kAllowed = -2;  // questions without a size
+constexpr int kCode = -1, kAllowed = -2;  // queries without a size
 
-// The most that the device has, once: a limit that followed the size of each launch would race between host threads.
+// Sets the device's maximum once: a limit that followed the size of each launch would race between host threads.
 void allow_all(Kernel kernel) {
   const Device& device = device_limits();
   const bool clusters = device.architecture >= 90 && code_architecture(kernel) >= 90;
@@ -127,7 +126,7 @@ int resident_clusters(Kernel kernel, const Launch& launch) {
     int clusters = 0;
     if (cudaOccupancyMaxActiveClusters(&clusters, reinterpret_cast<const void*>(kernel), &configured.config) !=
         cudaSuccess) {
-      cudaGetLastError();  // a size that this device does not have
+      cudaGetLastError();  // a cluster size that this device does not support
       return 0;
     }
     return clusters;

@@ -1,4 +1,4 @@
-// Launches and device limits, free of PyTorch. The tests' host shim has its own definitions of these functions.
+// Launches and device limits, without PyTorch. The tests' host shim defines these functions itself.
 #pragma once
 
 #include "problem.h"
@@ -20,17 +20,17 @@ struct Launch {
   bool cooperative = false;
 };
 
-// Of the current device; asked once per device.
+// Of the current device; queried once per device.
 const Device& device_limits();
-// The architecture that the code of a kernel was compiled for, 10 * major + minor: less than the device's where the
-// driver compiled PTX of an older one. What the code leaves out for that architecture, it lacks on this device too.
+// The architecture that the code of a kernel was compiled for, 10 * major + minor: less than the device's if the
+// driver compiled PTX of an older one. Code that was left out for that architecture is then missing on this device too.
 int code_architecture(Kernel kernel);
-// Blocks that one multiprocessor holds at once; 0 where the kernel does not fit.
+// Resident blocks of one multiprocessor; 0 if the kernel does not fit.
 int resident_blocks(Kernel kernel, int threads, int shared_bytes);
-// Clusters that the device holds at once; 0 where it has none of this size.
+// Resident clusters of the device; 0 if it does not support this size.
 int resident_clusters(Kernel kernel, const Launch& launch);
-// On `stream`, without waiting. Throws std::runtime_error with the driver's words, and std::invalid_argument where
-// blocks that wait for one another are more than the device has room for now.
+// Asynchronous, on `stream`. Throws std::runtime_error with the driver's message, and std::invalid_argument if a
+// cooperative launch has more blocks than the device has room for now.
 void run(Kernel kernel, const Launch& launch, const Problem& problem, void* stream);
 
 }  // namespace kdops::cuda

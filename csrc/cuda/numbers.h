@@ -1,4 +1,4 @@
-// Packs of elements, and the running moments of a lane, a warp, a channel.
+// Packs of elements, and running moments of a lane, a warp and a channel.
 #pragma once
 
 #include "device.h"
@@ -48,8 +48,8 @@ KDOPS_FN float warp_max(float x) {
   return x;
 }
 
-// A number in two, hi + lo. A mean in one alone is off by 2^-24 of itself, which a gradient feels once the mean is many
-// deviations away from 0.
+// A number as a sum hi + lo. A mean in one fp32 number has a relative error of 2^-24, which matters to the gradient if
+// the mean is many deviations away from 0.
 struct Wide {
   float hi, lo;
 };
@@ -62,11 +62,11 @@ KDOPS_FN Wide moved(Wide a, float step) {
   const Wide sum = exact_sum(a.hi, step);
   return {sum.hi, sum.lo + a.lo};
 }
-// Without a branch, between whose two ways a warp's shuffles would have to meet again.
+// Without a branch, so that the lanes of a warp do not diverge before a shuffle.
 KDOPS_FN Wide chosen(bool first, Wide a, Wide b) { return {first ? a.hi : b.hi, first ? a.lo : b.lo}; }
 KDOPS_FN float step_between(Wide a, Wide b) { return (b.hi - a.hi) + (b.lo - a.lo); }
 
-// What Chan's formula takes from the counts of two sides.
+// The weights of Chan's formula, from the counts of both sides.
 struct Shares {
   float count, of_b, between;
 };
@@ -75,7 +75,7 @@ KDOPS_FN Shares shares_of(float a, float b) {
   return {count, of_b, a * of_b};
 }
 
-// Count, mean and sum of squared deviations, merged by Chan's formula. A negative m2 cannot arise.
+// Count, mean and sum of squared deviations, merged by Chan's formula. m2 is never negative.
 struct Moments {
   float count;
   Wide mean;
@@ -83,7 +83,7 @@ struct Moments {
 };
 KDOPS_FN Moments merged(Moments a, Moments b) {
   const Shares shares = shares_of(a.count, b.count);
-  // From nothing there is no step: the division is approximate, and b / b may be less than 1.
+  // An empty side takes the other's mean directly: the division is approximate, and b / b may be less than 1.
   a.mean = chosen(a.count == 0, b.mean, a.mean);
   const float step = step_between(a.mean, b.mean);
   return {shares.count, moved(a.mean, step * shares.of_b), a.m2 + b.m2 + step * step * shares.between};
@@ -98,8 +98,8 @@ KDOPS_FN Moments warp_merged(Moments a) {
   return a;
 }
 
-// The same of two maps together: with u = s - t and v = s + t, the centred sums of SS, TT, ST, UU and UV = SS - TT. The
-// last two are kept because they stay exact where the maps are nearly equal, and cannot be had from the first three.
+// The same for two maps: with u = s - t and v = s + t, the centred sums SS, TT, ST, UU and UV = SS - TT. The last two
+// are accurate where the maps are nearly equal, and cannot be computed from the first three then.
 struct CoMoments {
   float count;
   Wide s, t, u;
@@ -121,7 +121,7 @@ KDOPS_FN CoMoments merged(CoMoments a, CoMoments b) {
           a.uv + b.uv + u * (s + t) * shares.between};
 }
 
-// All but the count, as they are kept between lanes, warps and blocks.
+// All fields but the count, as they are exchanged between lanes, warps and blocks.
 constexpr int kCoMoments = 11;
 KDOPS_FN void values_of(const CoMoments& m, float (&x)[kCoMoments]) {
   const float values[kCoMoments] = {m.s.hi, m.s.lo, m.t.hi, m.t.lo, m.u.hi, m.u.lo, m.ss, m.tt, m.st, m.uu, m.uv};
@@ -142,8 +142,8 @@ KDOPS_FN CoMoments warp_merged(CoMoments a) {
   return a;
 }
 
-// A lane sums deviations from the first element it sees. An outlier there costs no accuracy that matters: it is then
-// part of the variance itself, and the lane has few elements.
+// A lane sums deviations from its first element. An outlier there does not hurt the accuracy: it dominates the variance
+// itself, and the lane has few elements.
 struct LaneMoments {
   float first = 0, sum = 0, squares = 0;
   template <int V>
@@ -172,7 +172,7 @@ struct LaneCoMoments {
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const float ds = s[i] - first_s, dt = t[i] - first_t, u = s[i] - t[i];
-      // Of maps near one another ds - dt would carry the rounding of both, of maps with means far apart u is rounded.
+      // If the maps are close, ds - dt has the rounding errors of both; if their means are far apart, u is rounded.
       const float du = fabsf(u) > fabsf(ds) + fabsf(dt) ? ds - dt : u - first_u.hi;
       sum_s += ds, sum_t += dt, sum_u += du;
       ss += ds * ds, tt += dt * dt, st += ds * dt, uu += du * du, uv += du * (ds + dt);
@@ -206,7 +206,7 @@ KDOPS_FN Scale channel_scale(int norm, float eps, float m2, float count) {
     return {r, r / count, root};
   }
   const float deviation = sqrtf(m2 / (count - 1.0f));
-  // Where the deviation is 0 its gradient is taken as 0, as torch.std does.
+  // Where the deviation is 0, its gradient is defined as 0, as in torch.std.
   return {1.0f / (deviation + eps), deviation == 0 ? 0.0f : 1.0f / ((count - 1.0f) * deviation), deviation};
 }
 

@@ -1,6 +1,5 @@
-// Operators over the CUDA C++ kernels. They are internal: kdops::cwd_loss and kdops::pkd_loss are served by Triton, and
-// these are reached where a path is asked for by number (see kdops/_cuda.py). Same statistics, same results.
-// Not run on a GPU yet.
+// Operators of the CUDA C++ kernels. They are internal: Triton implements kdops::cwd_loss and kdops::pkd_loss, and
+// these are called where kdops/_cuda.py selects a path by its number. Same statistics, same results.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/sum.h>
@@ -24,7 +23,7 @@ namespace {
 
 using Outputs = std::tuple<at::Tensor, at::Tensor, std::vector<at::Tensor>>;  // loss, stats, grads
 
-// Makes a tensor's device current, and finds its stream.
+// Makes a tensor's device current, and gives its stream.
 #ifdef KDOPS_HOST_SHIM
 struct OnDevice {
   explicit OnDevice(const at::Tensor&) {}
@@ -38,7 +37,7 @@ struct OnDevice {
 };
 #endif
 
-// What differs between the losses on this side.
+// The differences between the losses on the host side.
 struct Cwd {
   static constexpr const char* kName = "cwd_loss";
   static constexpr int64_t kStats = kCwdStats;
@@ -110,10 +109,10 @@ Outputs forward(at::TensorList student, at::TensorList teacher, const Options& o
   const bool want_grads = save == kSaveGrads;
   Call call(student, teacher, options, path, want_grads);
   if (want_grads && options.reduction == kNone) throw std::invalid_argument("reduction none recomputes gradients");
-  // Entries are about tau / (N C H W): below fp16's smallest, before a GradScaler's factor reaches them.
+  // Entries are about tau / (N C H W) and underflow in fp16 before a GradScaler's factor reaches them.
   if (want_grads && call.dtype == kFloat16) throw std::invalid_argument("fp16 gradients made in the forward underflow");
   prepare<Loss>(call, options);
-  // channels_last passes hand their statistics on through memory.
+  // channels_last passes exchange their statistics through memory.
   const bool keep_stats = save == kSaveStats || path == kChannelsLast;
   const at::Tensor losses = call.empty({call.problem.rows});
   const at::Tensor stats = keep_stats ? call.empty({Loss::kStats, call.problem.rows}) : call.empty({0});
@@ -151,8 +150,8 @@ std::vector<at::Tensor> backward(const at::Tensor& grad_output, at::TensorList s
   return std::move(call.grads);
 }
 
-// Refusals come as one kind of error, NotImplementedError in Python, that names the operator and the path: whoever
-// chose the path may then try another.
+// An unsupported call raises NotImplementedError in Python, with the operator, the path and the reason, so that the
+// caller can try another path.
 template <class Loss, class Work>
 auto named(int64_t path, Work&& work) {
   try {
@@ -192,8 +191,8 @@ std::vector<at::Tensor> pkd_backward(const at::Tensor& grad_output, at::TensorLi
   });
 }
 
-// Why a path cannot take these maps, or an empty text: the forward's plan without its launch, and the backward's maps,
-// as a gradient of overlapping memory lies otherwise than its map.
+// Why a path does not support these maps, or an empty string: plans the forward without launching it, and checks the
+// backward's maps, as the gradient of a map with overlapping memory has other strides than the map.
 template <class Loss>
 std::string refusal(at::TensorList student, at::TensorList teacher, Path path) {
   const OnDevice device(student[0]);

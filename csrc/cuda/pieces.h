@@ -1,4 +1,4 @@
-// Pieces of rows: where they lie, how a warp goes over them, how they get on chip.
+// Pieces of rows: their addresses, a warp's loop over them, and their copies on chip.
 #pragma once
 
 #include "group_layout.h"
@@ -6,7 +6,7 @@
 
 namespace kdops::cuda {
 
-// Part of a row of student, teacher and gradient. `head` elements stand before the first full vector.
+// Part of a row of student, teacher and gradient. `head` elements precede the first full vector.
 template <class T>
 struct Piece {
   const T *student, *teacher;
@@ -46,8 +46,8 @@ struct Width {
   static constexpr int value = V;
 };
 
-// Calls f(Width<V>, i) for all packs of V elements from i on: single elements at the ends, full vectors between them.
-// A lane gets the same packs each time.
+// Calls f(Width<V>, i) for all packs of V elements from i on: single elements at the ends, full vectors in between.
+// A lane gets the same packs every time.
 template <class T, class F>
 KDOPS_FN void each_pack(const Piece<T>& piece, F&& f) {
   constexpr int V = kPack<T>;
@@ -72,7 +72,7 @@ KDOPS_FN Piece<T> staged(const Level& level, const Piece<T>& piece, char* slots,
   return on_chip;
 }
 
-// Starts the copies of a piece's vectors. A lane copies what it will read itself, so that nobody else has to wait.
+// Starts the copies of a piece's vectors. A lane copies what it will read itself, so that no barrier is needed.
 template <class T>
 KDOPS_FN void start_copy(const Piece<T>& from, const Piece<T>& to) {
   constexpr int V = kPack<T>;
@@ -84,7 +84,7 @@ KDOPS_FN void start_copy(const Piece<T>& from, const Piece<T>& to) {
   }
   device::close_copy_group();
 }
-// What has no place in a vector: the ends of misaligned rows.
+// The elements outside full vectors: the ends of misaligned rows.
 template <class T>
 KDOPS_FN void copy_singles(const Piece<T>& from, const Piece<T>& to) {
   constexpr int V = kPack<T>;

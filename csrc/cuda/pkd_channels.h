@@ -1,5 +1,4 @@
-// PKD, NCHW: one visit to a channel for its co-moments, one for the gradient, on the skeleton of cwd_channels.h.
-// Not run on a GPU yet: arithmetic and indexing are tested on the host shim.
+// PKD, NCHW: one pass over a channel for its co-moments, one for the gradient, structured like cwd_channels.h.
 //
 // 6 bytes an element in half precision on chip, 10 in waves (of which 4 from the L2 cache), with the gradient.
 #pragma once
@@ -102,7 +101,7 @@ KDOPS_KERNEL(kThreads, kChannelBlocks) pkd_channels(KDOPS_PARAMETER Problem p) {
   PkdChannel<T, kOnChip>(p).run();
 }
 
-// The gradient from saved statistics: one pass. A warp takes one piece of a row.
+// The gradient from saved statistics, in one pass. A warp processes one piece of a row at a time.
 template <class T>
 KDOPS_KERNEL(kThreads, kChannelBlocks) pkd_backward(KDOPS_PARAMETER Problem p) {
   const int unit = device::block() / p.group, part = device::block() % p.group;

@@ -1,5 +1,4 @@
 // PKD, channels_last: two passes over the maps, 10 bytes an element in half precision.
-// Not run on a GPU yet: arithmetic and indexing are tested on the host shim.
 //
 // Launches: pkd_lane_moments, pkd_lane_merge; then, or in the backward, pkd_lane_gradient.
 #pragma once
@@ -42,7 +41,7 @@ KDOPS_KERNEL(kThreads, 4) pkd_lane_moments(KDOPS_PARAMETER Problem p) {
   for (int f = 0; f < kCoMoments; ++f) part(p, level, f, tile.piece, channel) = merged_values[f];
 }
 
-// 32 channels of a level for each block: a lane has one, the warps share its pieces. `group` blocks serve a level.
+// A block merges 32 channels of a level, one per lane; its warps share the pieces. A level has `group` blocks.
 KDOPS_KERNEL(kThreads, 2) pkd_lane_merge(KDOPS_PARAMETER Problem p) {
   constexpr int kFields = kCoMoments + 1;  // the count first
   const Level& level = p.level[device::block() / p.group];

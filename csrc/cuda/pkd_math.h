@@ -1,13 +1,14 @@
-// PKD, element by element and channel by channel: what both layouts share.
+// PKD, the arithmetic of elements and channels that both layouts share.
 //
-// The distance r_S^2 SS + r_T^2 TT - 2 r_S r_T ST of the normalised maps loses all digits where the student comes close
-// to the teacher. With u = s - t, UV = SS - TT and the difference d = r_S - r_T of the factors it is also
+// The distance r_S^2 SS + r_T^2 TT - 2 r_S r_T ST of the normalised maps cancels where the student is close to the
+// teacher. With u = s - t, UV = SS - TT and the difference d = r_S - r_T of the factors it is also
 //
 //     distance = r_S r_T UU + d (r_S UV + d TT)
 //     dot      = (distance + r_S^2 UV + d (r_S + r_T) TT) / 2
 //
-// which does not, if d comes from UV: every term goes to 0 with u. It serves maps whose scales are within 1.5 of one
-// another, the first form the others. Relative errors of the value of maps with s = a t + e |a t| noise, on every path:
+// which does not cancel if d is computed from UV: every term goes to 0 with u. It is used for maps whose scales are
+// within a factor of 1.5, the first form for all others. Relative errors of the value of maps with s = a t + e |a t|
+// noise, on every path:
 //
 //     e         1e-1   1e-2   1e-3   1e-4
 //     a = 1     1e-7   1e-7   1e-7   1e-7
@@ -19,7 +20,7 @@
 
 namespace kdops::cuda {
 
-// dS = alpha (s - mean_s) - beta (t - mean_t) + rest, the means rounded and `rest` what that left out.
+// dS = alpha (s - mean_s) - beta (t - mean_t) + rest, with rounded means; `rest` corrects their rounding.
 struct AffineInputs {
   float alpha, beta, mean_s, mean_t, rest;
 };
@@ -27,7 +28,7 @@ KDOPS_FN float affine_of(const AffineInputs& a, float s, float t) {
   return (device::multiply(a.alpha, s - a.mean_s) - device::multiply(a.beta, t - a.mean_t)) + a.rest;
 }
 
-// From the sums over a channel to its statistics.
+// The statistics of a channel, from its sums.
 struct PkdChannelStats {
   Wide mean_s, mean_t;
   float r_s, r_t, q_s, dot, distance;
@@ -41,7 +42,7 @@ KDOPS_FN PkdChannelStats pkd_stats(const Problem& p, const CoMoments& m) {
   PkdChannelStats c = {m.s, m.t, s.r, t.r, s.q, 0, 0};
   if (2.0f * s.r < 3.0f * t.r && 2.0f * t.r < 3.0f * s.r) {
     const float d = factor_difference(p, s, t, m);
-    c.r_t = s.r - d;  // the gradient wants r_S - r_T rather than r_T, and UV has it
+    c.r_t = s.r - d;  // the gradient depends on r_S - r_T, which UV gives accurately
     c.distance = s.r * t.r * m.uu + d * (s.r * m.uv + d * m.tt);
     c.dot = 0.5f * (c.distance + s.r * s.r * m.uv + d * (s.r + t.r) * m.tt);
   } else {

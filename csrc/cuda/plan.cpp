@@ -10,24 +10,23 @@ namespace kdops::cuda {
 namespace {
 
 constexpr int kWarps = kThreads / kLanes;
-constexpr int kMostPieces = 512;      // of a channel, so that their table stays small
+constexpr int kMostPieces = 512;      // of a channel, to keep their table small
 constexpr int kPieceOverhead = 3;     // of a piece, in steps of a warp: reductions and prologues
-constexpr int kReservedShared = 1024;  // bytes that the system takes from each block
-// For maps that are to be found in the L2 cache again: half of it may hold what the other half holds too, since large
-// GPUs have two partitions, and gradients pass through half of the rest.
+constexpr int kReservedShared = 1024;  // bytes that the system reserves in each block
+// The share of L2 for maps that later passes read again: on large GPUs with two partitions, half of it may duplicate
+// the other half, and gradients pass through half of the rest.
 constexpr double kShareOfL2 = 0.22;
-// One multiprocessor in so many is left to others by a launch whose blocks wait for one another: it starts only once
-// all of them have a place, while NCCL's kernels, say, keep theirs until every rank has come. Where others hold more,
-// the launch waits for them, and whatever is behind it in its stream does; ranks that wait for one another's
-// collectives in different orders could then wait for ever. A launch that can never have room is refused by the driver
-// (see run).
+// A cooperative launch leaves one in this many multiprocessors to other kernels: it starts only once all of its blocks
+// have room, while NCCL's kernels, for example, keep theirs until every rank has arrived. If others hold more, the
+// launch and everything after it in its stream wait for them, and ranks that issue their collectives in different
+// orders could deadlock. The driver rejects a launch that can never have room (see run).
 constexpr int kLeftToOthers = 8;
 
 [[noreturn]] void refuse(const std::string& reason) { throw std::invalid_argument(reason); }
 
 int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
-// Cuts rows so that `warps` warps finish their pieces together.
+// Divides rows so that `warps` warps finish their pieces at about the same time.
 void cut(Level& level, int warps, int pack) {
   const int most = std::max(1, std::min({level.positions / (kLanes * pack), kMostPieces / level.batch, 2 * warps}));
   int64_t least = INT64_MAX;
@@ -40,7 +39,7 @@ void cut(Level& level, int warps, int pack) {
   }
 }
 
-// Shared memory of a block, after cutting for groups of this size.
+// Shared memory of a block, for rows divided for groups of this size.
 int shared_bytes(const Problem& p, const LossKernels& kernels, bool on_chip) {
   int most = 0;
   for (int i = 0; i < p.levels; ++i) {
@@ -73,7 +72,7 @@ Launch plan_block(Problem& p, const LossKernels& kernels) {
   return {p.units, kThreads, bytes, 1, false};
 }
 
-// The smallest cluster of which a multiprocessor holds two blocks, so that one loads while the other computes; else
+// The smallest cluster with two resident blocks per multiprocessor, so that one loads while the other computes; else
 // the smallest that fits at all.
 Launch plan_cluster(Problem& p, const LossKernels& kernels) {
   const Device& device = device_limits();
@@ -97,13 +96,13 @@ Launch plan_waves(Problem& p, const LossKernels& kernels) {
   const Device& device = device_limits();
   cut_all(p, 1, kernels);
   int64_t channel_bytes = 0;
-  int most_blocks = 1;  // that find work in a channel
+  int most_blocks = 1;  // that have work in a channel
   for (int i = 0; i < p.levels; ++i) {
     const Level& level = p.level[i];
     const int64_t bytes = int64_t(2) * level.batch * level.positions * kernels.element_bytes;
     channel_bytes = std::max(channel_bytes, bytes);
     most_blocks = std::max<int>(most_blocks, std::min<int64_t>(bytes / (2 * 16 * kThreads), INT32_MAX));
-    p.level[i].splits = std::max(1, kMostPieces / level.batch);  // for the largest table that may come
+    p.level[i].splits = std::max(1, kMostPieces / level.batch);  // for the largest possible table
   }
   const int bytes = shared_bytes(p, kernels, false);
   const int resident = std::min(kChannelBlocks, resident_blocks(kernels.in_waves, kThreads, bytes));

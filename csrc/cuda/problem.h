@@ -1,4 +1,4 @@
-// What the CUDA kernels work on, free of PyTorch: a call's levels by value in one kernel parameter.
+// The argument of the CUDA kernels, without PyTorch: a call's levels by value in one kernel parameter.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@ namespace kdops::cuda {
 constexpr int kMaxLevels = 8;
 constexpr int kLanes = 32;
 constexpr int kThreads = 256;  // of a block
-constexpr int kChannelBlocks = 3;  // of paths 1 to 3 that a multiprocessor is to hold at once: 80 registers a thread
+constexpr int kChannelBlocks = 3;  // of paths 1 to 3 that should be resident on a multiprocessor: 80 registers a thread
 
 enum Norm : int { kNoNorm = 0, kBatchNorm = 1, kPkdNorm = 2 };
 enum Path : int { kBlock = 1, kCluster = 2, kWaves = 3, kChannelsLast = 4 };
@@ -26,15 +26,15 @@ struct Map {
   int64_t stride_n, stride_c, stride_p;
 };
 
-// One pyramid level. A row (n, c) is cut into `splits` pieces of `chunk` positions; a warp (channels_last: a block)
-// works on one piece at a time. A unit is what a group of blocks works on: a channel, or for channels_last the
-// channels of a warp.
+// One pyramid level. A row (n, c) is divided into `splits` pieces of `chunk` positions; a warp (channels_last: a block)
+// processes one piece at a time. A unit is the work of a group of blocks: a channel, or for channels_last the channels
+// of a warp.
 struct Level {
   Map student, teacher, grad;
   int batch, channels, positions;
   int splits, chunk;
   int first_unit;
-  bool aligned;  // rows of all its maps are misaligned alike, so that they can be read in vectors
+  bool aligned;  // rows of all its maps have the same misalignment, so that they can be read in vectors
   int64_t first_row, first_channel, first_part;
   float loss_scale, grad_scale;  // of a row (CWD) or channel (PKD)
 };
@@ -57,8 +57,8 @@ struct Problem {
   bool want_grads;
 };
 
-// Fields of the statistics that the backward gets; the operators' schemas fix them.
-// A mean is kept as two numbers, the second (LO) the rest of the first.
+// Fields of the statistics saved for backward; docs/design/notation.md has their formulas.
+// A mean is stored as two numbers, the second (Lo) the rounding error of the first.
 enum CwdStat { kCwdMeanS, kCwdRS, kCwdRT, kCwdQS, kCwdMaxS, kCwdMaxT, kCwdZS, kCwdZT, kCwdDot, kCwdMeanSLo, kCwdStats };
 enum PkdStat { kPkdMeanS, kPkdRS, kPkdMeanT, kPkdRT, kPkdQS, kPkdDot, kPkdMeanSLo, kPkdMeanTLo, kPkdStats };
 

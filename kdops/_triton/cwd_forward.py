@@ -8,9 +8,9 @@
     cwd_finish               parts     stats                  only where rows are split over programs
     cwd_gradient             S, T      dS       12 B    6 B
 
-Forward and backward together: 28 B (bf16 14 B) with a normalisation, 20 B (10 B) without; the floor of any
-implementation is 12 B (6 B). cwd_sums walks its programs backwards, to begin with what cwd_moments left in the cache.
-These are counts: none of the kernels has been run on a GPU yet.
+Forward and backward together: 28 B (bf16 14 B) with a normalisation, 20 B (10 B) without; the lower bound of any
+implementation is 12 B (6 B). cwd_sums runs its programs in reverse order, to start with what cwd_moments left in the
+cache.
 
 With p = exp(k (x - max)) / Z and k = r / tau, the divergence of a row is E_T[k_T (t - m_T) - k_S (s - m_S)] +
 ln(Z_S / Z_T), whose terms stay small whatever the mean of the maps. Parts are combined in a fixed order.
@@ -54,8 +54,8 @@ from kdops._triton.tiles import (
     unit_index,
 )
 
-# Fields of `parts`, [total_parts] each, that cwd_moments leaves to cwd_merge: mean hi, mean lo and M2 of each map from
-# here on, then the maxima.
+# Fields of `parts`, [total_parts] each, from cwd_moments to cwd_merge: mean hi, mean lo and M2 of each map from
+# these offsets on, then the maxima.
 _PART_S, _PART_T, _PART_MAX_S, _PART_MAX_T = tl.constexpr(0), tl.constexpr(3), tl.constexpr(6), tl.constexpr(7)
 _INF = tl.constexpr(float("inf"))
 _FLOOR = tl.constexpr(-3.0e38)
@@ -77,7 +77,7 @@ def _moments(level, parts, total_parts, chunk,
     s_first = tl.load(s_rows, mask=exists, other=0.0).to(ACC)
     t_first = tl.load(t_rows, mask=exists, other=0.0).to(ACC)
     begin, end = bounds(start, stop, WIDE)
-    # Tiles whose loads are in flight together. Where strides do not collapse, every element costs an address.
+    # Tiles whose loads are in flight together. Unless strides collapse, every element needs an address of its own.
     UNROLL: tl.constexpr = 2 if VEC > 1 and (S_MODE >= 2 and T_MODE >= 2) else 1
     # Each lane sums about its own first element.
     p, inside = positions(begin, end, ORDER, VEC, POSITIONS)
@@ -200,12 +200,12 @@ def _sums(level, unit, stats, losses, parts, total_rows, total_parts, chunk, wei
     s_k, t_k = exp_scale(s_k), exp_scale(t_k)
     z_s = tl.zeros([ROWS, POSITIONS], ACC)
     z_t = tl.zeros([ROWS, POSITIONS], ACC)
-    gap = tl.zeros([ROWS, POSITIONS], ACC)  # z_s - z_t, which rounds away what is left of it when the maps are near
+    gap = tl.zeros([ROWS, POSITIONS], ACC)  # z_s - z_t without its cancellation when the maps are close
     ss = tl.zeros([ROWS, POSITIONS], ACC)
     st = tl.zeros([ROWS, POSITIONS], ACC)
     divergence = tl.zeros([ROWS, POSITIONS], ACC)
     begin, end = bounds(start, stop, WIDE)
-    # Tiles whose loads are in flight together. Where strides do not collapse, every element costs an address.
+    # Tiles whose loads are in flight together. Unless strides collapse, every element needs an address of its own.
     UNROLL: tl.constexpr = 2 if VEC > 1 and (S_MODE >= 2 and T_MODE >= 2) else 1
     for p0 in range(begin, end, POSITIONS * UNROLL):
         for u in tl.static_range(UNROLL):
@@ -214,7 +214,7 @@ def _sums(level, unit, stats, losses, parts, total_rows, total_parts, chunk, wei
             mask = exists & inside
             s = load_tile(s_rows, first, p, mask, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC, 0.0) - s_max
             t = load_tile(t_rows, first, p, mask, W, t_h, t_w, ORDER, T_MODE, POSITIONS, ACC, 0.0) - t_max
-            s_log, t_log = tl.fma(s, s_k, 0.0), tl.fma(t, t_k, 0.0)  # rounded: their difference of equal maps is 0
+            s_log, t_log = tl.fma(s, s_k, 0.0), tl.fma(t, t_k, 0.0)  # rounded: 0 between equal maps
             s_exp = tl.where(mask, exp_scaled(s_log), 0.0)
             t_exp = tl.where(mask, exp_scaled(t_log), 0.0)
             z_s += s_exp
@@ -270,14 +270,14 @@ def _online(level, stats, losses, parts, total_rows, total_parts, chunk, weight,
     k = (1.0 / as_double(tau)).to(ACC)
     s_ref = tl.load(s_rows, mask=exists, other=0.0).to(ACC)
     t_ref = tl.load(t_rows, mask=exists, other=0.0).to(ACC)
-    # Finite, so that a lane without an element adds exp(-inf - _FLOOR) = 0 and not a NaN.
+    # Finite, so that a lane without an element adds exp(-inf - _FLOOR) = 0 instead of NaN.
     s_max = tl.full([ROWS, POSITIONS], _FLOOR, ACC)
     t_max = tl.full([ROWS, POSITIONS], _FLOOR, ACC)
     z_s = tl.zeros([ROWS, POSITIONS], ACC)
     z_t = tl.zeros([ROWS, POSITIONS], ACC)
     difference = tl.zeros([ROWS, POSITIONS], ACC)  # sum of e_T ((t - t_ref) - (s - s_ref))
     begin, end = bounds(start, stop, WIDE)
-    for p0 in range(begin, end, POSITIONS):  # not unrolled: it has the most to keep in registers
+    for p0 in range(begin, end, POSITIONS):  # not unrolled: it keeps the most values in registers
         p, inside = positions(p0, end, ORDER, VEC, POSITIONS)
         mask = exists & inside
         s = load_tile(s_rows, p0, p, mask, W, s_h, s_w, ORDER, S_MODE, POSITIONS, ACC, -_INF)
@@ -295,7 +295,7 @@ def _online(level, stats, losses, parts, total_rows, total_parts, chunk, weight,
     t_top = tl.expand_dims(tl.max(t_max, 1), 1)
     s_lane = tl.where(s_max == s_top, 1.0, exp_scaled((s_max - s_top) * exp_scale(k)))
     t_lane = tl.where(t_max == t_top, 1.0, exp_scaled((t_max - t_top) * exp_scale(k)))
-    # A row with an infinite element has no softmax; its running sum would look finite.
+    # The softmax of a row with an infinite element is undefined, but its running sum would look finite.
     z_s = tl.where(tl.abs(s_top) == _INF, float("nan"), sum_lanes(tl.fma(z_s, s_lane, 0.0)))
     z_t = tl.where(tl.abs(t_top) == _INF, float("nan"), sum_lanes(tl.fma(z_t, t_lane, 0.0)))
     difference = sum_lanes(tl.fma(difference, t_lane, 0.0))

@@ -1,8 +1,8 @@
 """Launches the kernels of channel-wise distillation. Shapes, dtypes and values have been checked by the caller.
 
 Launches per call: the table, cwd_moments, cwd_merge and cwd_sums with a normalisation, or the table and cwd_online
-without, then cwd_finish only where rows are split, and one sum; backward the table and cwd_gradient. All levels share
-them when they agree in dtype and memory format. Nothing waits for the device. Not run on a GPU yet.
+without, then cwd_finish only where rows are split, and one sum; backward the table and cwd_gradient. All levels with
+the same dtype and memory format share them. No host synchronization.
 """
 
 from __future__ import annotations

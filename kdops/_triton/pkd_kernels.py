@@ -5,13 +5,12 @@
     pkd_merge       parts     stats                  Chan's merge over each channel and its loss, a small launch
     pkd_gradient    S, T      dS       12 B    6 B
 
-Forward and backward together: 20 B (bf16 10 B); the floor of any implementation is 12 B (6 B). These are counts: none
-of the kernels has been run on a GPU yet.
+Forward and backward together: 20 B (bf16 10 B); the lower bound of any implementation is 12 B (6 B).
 
-The loss needs the centred sums SS, TT and ST. Its distance r_S^2 SS + r_T^2 TT - 2 r_S r_T ST loses all digits when the
-student comes close to the teacher, so DD, the centred sum of (s - t)^2, is kept as well: the same distance is
-(r_S - r_T)(r_S SS - r_T TT) + r_S r_T DD, which stays exact then, but loses digits when the maps differ in scale.
-Each channel takes the form that suits it. Parts are combined in a fixed order.
+The loss needs the centred sums SS, TT and ST. The distance r_S^2 SS + r_T^2 TT - 2 r_S r_T ST cancels when the student
+is close to the teacher, so DD, the centred sum of (s - t)^2, is kept as well: the same distance is (r_S - r_T)(r_S SS -
+r_T TT) + r_S r_T DD, which is accurate then, but cancels when the maps differ in scale. Each channel uses the form that
+suits it. Parts are combined in a fixed order.
 """
 
 import triton
@@ -44,7 +43,7 @@ from kdops._triton.tiles import (
 # Fields of `stats`, [K] each.
 MEAN_S, R_S, MEAN_T, R_T = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2), tl.constexpr(3)
 Q_S, DOT, MEAN_S_LO, MEAN_T_LO = tl.constexpr(4), tl.constexpr(5), tl.constexpr(6), tl.constexpr(7)
-# Fields of `parts`, [total_parts] each: mean hi, mean lo and SS or TT from here on, then ST and DD.
+# Fields of `parts`, [total_parts] each: mean hi, mean lo and SS or TT from these offsets on, then ST and DD.
 _PART_S, _PART_T, _PART_ST, _PART_DD = tl.constexpr(0), tl.constexpr(3), tl.constexpr(6), tl.constexpr(7)
 
 
@@ -64,7 +63,7 @@ def _moments(level, parts, total_parts, chunk,
     s_first = tl.load(s_rows, mask=exists, other=0.0).to(ACC)
     t_first = tl.load(t_rows, mask=exists, other=0.0).to(ACC)
     begin, end = bounds(start, stop, WIDE)
-    # Tiles whose loads are in flight together. Where strides do not collapse, every element costs an address.
+    # Tiles whose loads are in flight together. Unless strides collapse, every element needs an address of its own.
     UNROLL: tl.constexpr = 2 if VEC > 1 and (S_MODE >= 2 and T_MODE >= 2) else 1
     # Each lane sums about its own first elements.
     p, inside = positions(begin, end, ORDER, VEC, POSITIONS)
@@ -152,7 +151,7 @@ def pkd_merge(table, parts, stats, losses, total_parts: tl.int64, total_channels
     s_part = s_r * ss - t_r * st
     t_part = t_r * tt - s_r * st
     distance = tl.where(near, (s_r - t_r) * surplus + s_r * t_r * dd, s_r * s_part + t_r * t_part)
-    distance = tl.where(distance < 0.0, 0.0, distance)  # what rounding may leave of one that vanishes; NaN stays
+    distance = tl.where(distance < 0.0, 0.0, distance)  # rounding may make a vanishing distance negative; NaN stays
     dot = tl.where(near, 0.5 * s_r * ((s_r - t_r) * ss + surplus + t_r * dd), s_r * s_part)
     scale = as_double(weight) / (2 * P * N).to(tl.float64)
     if MEAN:

@@ -1,7 +1,7 @@
 """Launches the kernels of PKD. Shapes, dtypes and values have been checked by the caller.
 
-Launches per call: the table, pkd_moments, pkd_merge and one sum; backward the table and pkd_gradient. All levels share
-them when they agree in dtype and memory format. Nothing waits for the device. Not run on a GPU yet.
+Launches per call: the table, pkd_moments, pkd_merge and one sum; backward the table and pkd_gradient. All levels with
+the same dtype and memory format share them. No host synchronization.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Which levels share a launch, and with which tiles: decided from shapes, strides, dtypes and alignment alone.
+"""Which levels share a launch, and the size of their tiles: from shapes, strides, dtypes and alignment only.
 
-Nothing is timed and no device property is read, so every rank and every run takes the same launches and gets the same
-bits. The decision is cached: a training step pays for it once.
+Nothing is timed and no device property is read, so every rank and every run uses the same launches and gets the same
+bits. The plan is cached: training computes it once.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from torch import Tensor
 from kdops._triton.tiles import FIELDS_PER_LEVEL, LEVELS_PER_FILL, STRIDES, fill_strides, fill_table
 
 WARPS = 4
-# Told how many registers it may use, ptxas uses them; left alone it may spill some for the sake of a block more.
+# With an explicit limit ptxas uses this many registers; without one it may spill to fit one more block.
 REGISTERS = 128
-_PER_THREAD = 8  # elements of a tile; in channels_last, where every channel has parameters of its own, 16 bytes
-PROGRAMS = 2048  # split rows until a launch has so many programs: about 15 for each of a large GPU's 132 SMs
-_MIN_STEPS = 8  # tiles that a program reads at least where rows are split, to pay for its prologue
-_WASTE = 1.1  # lanes launched per element: take the largest tile within this, else the one with the least
-_HALF = 32  # two numbers travel in one argument, as tiles.py unpacks them
+_PER_THREAD = 8  # elements of a tile; 16 bytes in channels_last, where every channel has its own parameters
+PROGRAMS = 2048  # split rows until a launch has at least this many programs: about 15 for each of 132 SMs
+_MIN_STEPS = 8  # minimum number of tiles per program where rows are split, to amortize its prologue
+_WASTE = 1.1  # lanes launched per element: use the largest tile within this, else the one with the least
+_HALF = 32  # two numbers are packed into one argument, tiles.py unpacks them
 _ARGUMENTS_PER_LEVEL = 7
 MERGE = {"CHANNELS": 8, "ENTRIES": 64, "num_warps": 4}  # tile of the merge kernels: channels by (image, split)
 
@@ -40,7 +40,7 @@ DTYPES = {
 
 
 class Map(NamedTuple):
-    """What the choice of a launch may depend on: all of a tensor but its address and values."""
+    """The properties of a tensor on which a launch may depend: all but its address and values."""
 
     shape: tuple[int, int, int, int]
     strides: tuple[int, int, int, int]
@@ -54,7 +54,7 @@ class Tiling(NamedTuple):
     rows: int  # of a tile, constexpr ROWS
     positions: int  # of a tile, constexpr POSITIONS
     chunk: int  # positions that a program covers, a multiple of `positions`
-    programs: int  # along axis 0: what the level with the most needs
+    programs: int  # along axis 0: of the level with the most
     parts: tuple[int, ...]  # partial results per level: rows times splits
     wide: bool  # positions need 64 bits
 
@@ -66,13 +66,13 @@ class Group:
     levels: tuple[int, ...]  # indices into the caller's lists
     tiling: Tiling
     constants: dict[str, Any]  # of every pass over the maps
-    units: dict[str, Any]  # of those that read statistics
+    units: dict[str, Any]  # of the passes that read statistics
     acc: torch.dtype
     max_rows: int  # N*C of the level with the most rows
     max_channels: int
     split: bool  # some row is split over programs
     packed: tuple[tuple[int, int, int, int], ...]  # per level: sizes, offsets and flags as fill_table takes them
-    strided: tuple[tuple[int, tuple[int, ...]], ...]  # strides that fill_table cannot derive, with their slots
+    strided: tuple[tuple[int, tuple[int, ...]], ...]  # strides that fill_table cannot derive, with their offsets
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -83,7 +83,7 @@ class Group:
         return sum(self.tiling.parts)
 
     def table(self, *maps: Sequence[Tensor]) -> Tensor:
-        """Fills the level table on the device with the addresses of student, teacher and, maybe, gradient."""
+        """Fill the level table on the device with the addresses of student, teacher and, if given, gradient."""
         table = maps[0][0].new_empty(len(self.levels) * FIELDS_PER_LEVEL, dtype=torch.int64)
         arguments = []
         for i, packed in zip(self.levels, self.packed):
@@ -101,14 +101,14 @@ class Group:
 
 
 def groups(*maps: Sequence[Tensor]) -> tuple[Group, ...]:
-    """Sorts levels into launches. maps: the lists of student, teacher and, for a pass that writes it, gradient."""
+    """Group levels into launches. maps: the lists of student, teacher and, for a pass that writes it, gradient."""
     return _groups(
         tuple(tuple(Map(tuple(x.shape), x.stride(), x.dtype, x.data_ptr() % 16) for x in level) for level in zip(*maps))
     )
 
 
 def on_device(x: Tensor) -> AbstractContextManager:
-    """Makes the tensor's GPU the current one, where kernels are launched; nothing for a CPU tensor (interpreter)."""
+    """Make the tensor's GPU the current device for launches; does nothing for a CPU tensor (interpreter)."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
@@ -149,7 +149,7 @@ def _group(
     shapes = tuple(level[0].shape for level in levels)
     per_thread = _PER_THREAD if acc == torch.float32 else _PER_THREAD // 4
     if any(_mode(x, order) < 2 for x in levels[0]):
-        per_thread //= 2  # every element costs an address of two registers
+        per_thread //= 2  # every element needs an address, two registers
     if order == 1:
         per_thread = min(per_thread, 16 // max(x.dtype.itemsize for x in levels[0]))
     tiling = plan_tiles(shapes, order, per_thread * 32 * WARPS)
@@ -218,20 +218,20 @@ def plan_tiles(shapes: tuple[tuple[int, ...], ...], order: int, tile: int) -> Ti
 
 
 def _unit_alignment(shapes: tuple, offsets: list[tuple[int, int]], totals: tuple[int, int]) -> int:
-    """4 where four channels' statistics always lie at a multiple of four, be they by row or by channel; else 1."""
+    """4 if statistics, by row and by channel, can be read four channels at a time at aligned addresses; else 1."""
     starts = (*totals, *(x for pair in offsets for x in pair), *(c for _, c, _, _ in shapes))
     return 4 if all(x % 4 == 0 for x in starts) else 1
 
 
 def _fitting(candidates: Sequence[int], extents: Sequence[tuple[int, int]]) -> int:
-    """The largest block whose padding is small, else the one with the least. extents: (length, how often)."""
+    """The largest block with little padding, else the one with the least. extents: (length, count)."""
     useful = sum(length * count for length, count in extents)
     padded = [sum(-(-length // size) * size * count for length, count in extents) / useful for size in candidates]
     return next((size for size, x in zip(candidates, padded) if x <= _WASTE), candidates[padded.index(min(padded))])
 
 
 def _flat_stride(x: Map) -> int | None:
-    """The stride of a position h*W + w, or None where no single stride reaches all positions."""
+    """The stride of a position h*W + w, or None if height and width do not collapse."""
     _, _, h, w = x.shape
     _, _, stride_h, stride_w = x.strides
     if w == 1:
@@ -261,6 +261,6 @@ def _alignment(level: Sequence[Map], order: int) -> int:
             stride_n, stride_c, stride_h, stride_w = x.strides
             other = ((stride_n, n), (stride_h, h), (stride_w, w)) if order else ((stride_n, n), (stride_c, c))
             common = math.gcd(common, *(stride for stride, extent in other if extent > 1))
-            # An address aligned to 16 bytes suits any load; any other limits the width to what divides it.
+            # An address aligned to 16 bytes allows any load; any other limits the width to its divisors.
             common = math.gcd(common, math.gcd(x.misalignment, 16) // size if x.misalignment else 8)
     return math.gcd(common, widest)

@@ -1,11 +1,11 @@
-"""Device code for means and centred sums: shifted sums per lane, Chan's formula between lanes, splits and images.
+"""Device code for means and centred sums: shifted sums per lane, merged by Chan's formula over lanes, splits, images.
 
-E[x^2] - E[x]^2 would lose all digits of the variance of a map whose mean is large; these do not. Sums are about an
-element of the same lane or row, so that a constant channel has a variance of exactly 0, and a mean is kept as the sum
-of two numbers, hi + lo: with hi alone, x - mean of a map whose mean is 1000 deviations would be off by 3e-5 deviations.
+E[x^2] - E[x]^2 would cancel where the mean is large; these sums do not. They are shifted by an element of the same lane
+or row, so that a constant channel has a variance of exactly 0. A mean is kept as the sum of two numbers, hi + lo: with
+hi alone, x - mean of a map whose mean is 1000 deviations would be off by 3e-5 deviations.
 
-Sums over lanes take their products from `tl.fma`: the compiler fuses a bare product into the first addition of a
-reduction, after which the lanes that hold a result differ in its last bit.
+Products in sums over lanes are written as `tl.fma`: the compiler would fuse a plain product into the first addition of
+the reduction, and the lanes that hold the result would then differ in its last bit.
 """
 
 import triton
@@ -28,7 +28,7 @@ def sum_lanes(x):
 
 @triton.jit
 def mean_of_lanes(shift, total, count, whole):
-    """[ROWS, 1] mean and what its rounding left, of lanes with `count` elements that sum to `total` about `shift`."""
+    """[ROWS, 1] mean and its rounding error, of lanes with `count` elements that sum to `total` about `shift`."""
     mean = sum_lanes(tl.fma(count, shift, total)) / whole
     return mean, sum_lanes(tl.fma(count, shift - mean, total)) / whole
 

@@ -1,16 +1,16 @@
-"""Device code that all passes share: the level table, tiles of rows by positions, and their addresses.
+"""Device code shared by all passes: the level table, tiles of rows by positions, and their addresses.
 
-A pass covers all levels of a pyramid in one launch: axis 1 of the grid is the level. What a kernel must know of a level
-stands in a small table on the device, filled by `fill_table` from its own arguments, so that nothing is copied from
-the host, a captured graph replays it, and the other kernels keep short argument lists (a launch costs the host about
-0.2 us per argument).
+A pass covers all levels of a pyramid in one launch: axis 1 of the grid is the level. The parameters of the levels are
+in a small table on the device, filled by `fill_table` from its own arguments: nothing is copied from the host, a
+captured graph replays it, and the other kernels have short argument lists (a launch costs the host about 0.2 us per
+argument).
 
 A row is one (n, c), row = n*C + c. A tile is [ROWS, POSITIONS] of one tensor. ORDER says along which axis lanes read
 neighbouring addresses: 0 positions (NCHW), 1 channels (channels_last). A tensor's MODE has bit 0 set when its stride
 along that axis is 1 and bit 1 when h and w collapse into one stride; any other strides are read in place as well, only
-slower. VEC elements, a power of two, divide all offsets of a level that is flagged as aligned. The compiler cannot know
-that, so strides and sizes are passed through `x // VEC * VEC`, which changes no value and tells it. UNIT_VEC does the
-same for the statistics of the neighbouring channels of a channels_last tile.
+slower. VEC elements, a power of two, divide all offsets of a level that is flagged as aligned. `x // VEC * VEC` does
+not change such a stride or size, and tells the compiler so. UNIT_VEC does the same for the statistics of the
+neighbouring channels of a channels_last tile.
 """
 
 import triton
@@ -24,7 +24,7 @@ STRIDES = tl.constexpr(12)
 LEVEL_FIELDS = tl.constexpr(24)
 FIELDS_PER_LEVEL = 24
 LEVELS_PER_FILL = 4
-_HALF = tl.constexpr(32)  # two numbers travel in one argument
+_HALF = tl.constexpr(32)  # two numbers are packed into one argument
 
 _FILL_ARGUMENTS = [f"{name}{i}" for i in range(LEVELS_PER_FILL) for name in ("s", "t", "g", "nc", "hw", "rk", "part")]
 
@@ -88,13 +88,13 @@ def fill_strides(table, slot: tl.int64, n: tl.int64, c: tl.int64, h: tl.int64, w
 
 @triton.jit
 def as_double(bits):
-    """A double that travelled as an integer: Triton passes Python floats in single precision."""
+    """A double passed as an integer: Triton passes Python floats in single precision."""
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def exp_scale(k):
-    """What turns x into the argument of `exp_scaled`, so that exp_scaled(x * exp_scale(k)) is e^(k x)."""
+    """The factor of x in the argument of `exp_scaled`: exp_scaled(x * exp_scale(k)) is e^(k x)."""
     if k.dtype == tl.float64:
         return k
     else:
@@ -103,7 +103,7 @@ def exp_scale(k):
 
 @triton.jit
 def exp_scaled(x):
-    # The hardware has 2^x in single precision; in double precision the library has e^x.
+    # 2^x is one instruction in single precision; in double precision libdevice has e^x.
     if x.dtype == tl.float64:
         return tl.exp(x)
     else:
@@ -112,7 +112,7 @@ def exp_scaled(x):
 
 @triton.jit
 def difference(a, x, b, y):
-    """a x - b y with both products rounded: 0 where they are equal, when a fused one would leave its rounding."""
+    """a x - b y with both products rounded, so that it is 0 where they are equal; a fused one leaves its error."""
     return tl.fma(a, x, 0.0) - tl.fma(b, y, 0.0)
 
 
@@ -130,7 +130,7 @@ def tile_rows(unit, N, C, P, chunk, ORDER: tl.constexpr, VEC: tl.constexpr, ROWS
               POSITIONS: tl.constexpr):  # fmt: skip
     """Program -> image and channel of its rows, which of them exist, its split and the positions of that split.
 
-    Programs that read neighbouring memory are neighbours: splits of a row in NCHW, channels of a position else.
+    Neighbouring programs read neighbouring memory: splits of a row in NCHW, channels of a position in channels_last.
     A program past the level's last one gets no positions.
     """
     chunk = chunk.to(tl.int64) // POSITIONS * POSITIONS
@@ -164,7 +164,7 @@ def unit_index(first, c, UNIT_VEC: tl.constexpr):
 
 @triton.jit
 def _typed(address, TYPE: tl.constexpr):
-    # Spelt out because Triton 3.0 makes no pointer type of a dtype that is a parameter.
+    # Spelt out: Triton 3.0 cannot make a pointer type from a dtype that is a parameter.
     if TYPE == tl.float16:
         return address.to(tl.pointer_type(tl.float16))
     elif TYPE == tl.bfloat16:
@@ -198,7 +198,7 @@ def row_pointers(level, WHICH: tl.constexpr, n, c, TYPE: tl.constexpr, ORDER: tl
 def position_strides(level, WHICH: tl.constexpr, ORDER: tl.constexpr, MODE: tl.constexpr, VEC: tl.constexpr):
     strides = level + STRIDES + 4 * WHICH
     stride_h, stride_w = tl.load(strides + 2), tl.load(strides + 3)
-    # Where W is 1 only h moves, and a collapsed position counts h.
+    # If W is 1, only h varies, and a collapsed position is h.
     stride_w = tl.where(tl.load(level + W_FIELD) == 1, stride_h, stride_w)
     if ORDER == 1 and MODE % 2 == 1:
         stride_h, stride_w = stride_h // VEC * VEC, stride_w // VEC * VEC
@@ -208,7 +208,7 @@ def position_strides(level, WHICH: tl.constexpr, ORDER: tl.constexpr, MODE: tl.c
 @triton.jit
 def _tile_pointers(rows, p0, p, W, stride_h, stride_w, ORDER: tl.constexpr, MODE: tl.constexpr,
                    POSITIONS: tl.constexpr):  # fmt: skip
-    """[ROWS, POSITIONS] pointers to positions p = p0.. of each row; the part common to a tile is added first."""
+    """[ROWS, POSITIONS] pointers to positions p = p0.. of each row; the part common to the tile is added first."""
     if ORDER == 0 and MODE == 3:
         return (rows + p0) + tl.expand_dims(tl.arange(0, POSITIONS), 0)
     elif MODE >= 2:
@@ -229,7 +229,7 @@ def load_tile(rows, p0, p, mask, W, stride_h, stride_w, ORDER: tl.constexpr, MOD
 @triton.jit
 def store_tile(rows, p0, p, mask, W, stride_h, stride_w, ORDER: tl.constexpr, MODE: tl.constexpr,
                POSITIONS: tl.constexpr, value, TYPE: tl.constexpr):  # fmt: skip
-    if TYPE == tl.bfloat16:  # no direct conversion from double precision everywhere
+    if TYPE == tl.bfloat16:  # not every architecture converts double precision directly
         value = value.to(tl.float32)
     pointers = _tile_pointers(rows, p0, p, W, stride_h, stride_w, ORDER, MODE, POSITIONS)
     tl.store(pointers, value.to(TYPE), mask=mask)
