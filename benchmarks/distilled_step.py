@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kdops.integrations.pytorch.demo.models import FPN_LEVELS, DetectorConfig, build_detector
 from torch import Tensor, nn
 
 from benchmarks import memory, table, timing
 from kdops import CWDLoss, Distiller, Tap, TeacherOptions
-from kdops.integrations.pytorch.demo.models import FPN_LEVELS, DetectorConfig, build_detector
 
 PLAIN, STOCK, KDOPS = "plain student", "eager losses, teacher as it is", "kdops, teacher as it is"
 #: The options of a variant's teacher; the others run it as it is.

@@ -8,16 +8,7 @@ import logging
 import pytest
 import torch
 from distill_networks import teacher_maps
-from teacher_networks import (
-    Branching,
-    OwnBatchNorm,
-    Residual,
-    SharedConvolution,
-    Student,
-    Teacher,
-    block,
-    settle,
-)
+from teacher_networks import Branching, OwnBatchNorm, Residual, SharedConvolution, Student, Teacher, block, settle
 from torch import Tensor, nn
 
 from kdops import PKDLoss
