@@ -1,17 +1,15 @@
-"""Compiles the Triton kernels for GPUs that need not be there, and reads what ptxas says of the result."""
+"""Compiles the Triton kernels for GPUs that need not be there, and reads what the result needs."""
 
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
+from ptx import cubin
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -26,7 +24,7 @@ _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", 
 
 class Resources(NamedTuple):
     registers: int
-    spilled: int  # bytes, stores and loads
+    local: int  # bytes of local memory: where a compiler spills to
     shared: int  # bytes
     loads: dict[int, int]  # bytes of a load from global memory: how many such loads the code has
 
@@ -91,26 +89,11 @@ def compiled(kernel: Any, constants: dict[str, Any], launch: Group, architecture
         signature = {k: v for k, v in signature.items() if v != "constexpr"}
         source = ASTSource(kernel, signature, constants, AttrsDescriptor(tuple(aligned), ()))
     binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    report = _ptxas(binary.asm["ptx"])
+    (code,) = cubin.resources(binary.asm["cubin"]).values()
     widths = re.findall(r"\bld\.global\S*?(?:\.v(\d))?\.b(\d+)", binary.asm["ptx"])
     return Resources(
-        registers=int(re.search(r"Used (\d+) registers", report).group(1)),
-        spilled=sum(int(x) for x in re.findall(r"(\d+) bytes spill", report)),
+        registers=code.registers,
+        local=code.local,
         shared=binary.metadata.shared,
         loads=Counter(int(vector or 1) * int(bits) // 8 for vector, bits in widths),
     )
-
-
-def _ptxas(ptx: str) -> str:
-    """What `ptxas -v` of the triton wheel prints; wheels may carry a second one for the newest architectures."""
-    tools = sorted((Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*"))
-    target = re.search(r"\.target\s+(sm_\w+)", ptx).group(1)
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        for tool in tools:
-            command = [str(tool), "-v", f"-arch={target}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode == 0:
-                return done.stdout + done.stderr
-    raise RuntimeError(f"no ptxas of the triton wheel takes this kernel: {done.stderr}")
