@@ -55,7 +55,7 @@ def test_a_loop_is_between_a_label_and_the_last_branch_back():
 def test_the_hot_loop_is_the_one_that_loads():
     hot = [load(8, ".128"), load(12, ".128"), "FADD R0, R8, R12", branch("hot")]
     rest = [load(8), load(9), load(10), load(11), load(12), load(13), load(14), load(15), branch("rest")]
-    around = [load(20, ".128"), "outer:", load(21), "hot:", *hot, "NOP", branch("outer")]
+    around = ["outer:", load(20, ".128"), load(24, ".128"), "hot:", *hot, "NOP", branch("outer")]
     (loop,) = function(*around, "rest:", *rest, "EXIT").hot()
     assert [i.name for i in loop.instructions] == ["LDG", "LDG", "FADD", "BRA"]
     assert loop.loads == [16, 16] and loop.stores == []
