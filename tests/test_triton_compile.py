@@ -67,7 +67,7 @@ def test_kernels_compile_without_spills(architecture, shapes, strides, student, 
     for kernel, constants in kernels(launch, norm=1 + architecture // 100):
         resources = compiled(kernel, constants, launch, architecture)
         name = kernel.fn.__name__
-        assert resources.spilled == 0, f"{name}: {resources}"
+        assert resources.local == 0, f"{name}: {resources}"
         assert resources.shared <= SHARED_LIMIT, f"{name}: {resources}"
         if name in TILES and strides is not crop:
             wide = TILES[name] * sum(loads_of_a_tile(launch, x) for x in (student, teacher or student))
@@ -86,7 +86,7 @@ def test_the_wheel_knows_architectures():
 def test_flat_kernels_compile_without_spills(architecture):
     launch = group(SMALL, nchw, SINGLE)
     resources = [compiled(kernel, constants, launch, architecture) for kernel, constants in flat_kernels()]
-    assert [r.spilled for r in resources] == [0, 0, 0]
+    assert [r.local for r in resources] == [0, 0, 0]
     assert set(resources[2].loads) == {4, 16}  # grad_output, and the gradient
 
 

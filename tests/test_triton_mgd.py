@@ -12,11 +12,12 @@ from triton_interpreter import (  # noqa: E402
     DEVICE,
     INTERPRETED,
     in_this_process,
+    mgd_on_triton,
     run_in_the_interpreter,
 )
 
-from kdops import _mask, _op  # noqa: E402
-from kdops._triton import mgd_loss, mgd_mask, scale  # noqa: E402
+from kdops import _mask  # noqa: E402
+from kdops._triton import mgd_loss, mgd_mask  # noqa: E402
 from kdops.testing import GRADIENT_BUDGET, LAYOUTS, VALUE_BUDGET, MGDCase, laid_out, relative_error  # noqa: E402
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -147,34 +148,11 @@ def test_a_sum_over_several_programs(layout, monkeypatch):
     assert relative_error(s, 0.75 * difference) <= 1e-6
 
 
-def functions():
-    """The operators that have no kernel for a CPU or another one, by name."""
-    yield from ((name, getattr(mgd_mask, name)) for name in ("mgd_mask", "mgd_apply_mask_"))
-    names = ("mgd_relu_bits", "mgd_relu_backward_", "mgd_difference_", "mgd_bias_relu_")
-    yield from ((name, getattr(mgd_loss, name)) for name in names)
-    yield from ((name, getattr(scale, name)) for name in ("scale_gradients", "scale_gradients_"))
-
-
 @pytest.fixture
-def as_on_a_gpu(monkeypatch):
+def as_on_a_gpu():
     """In the interpreter the module takes a GPU's way through its nodes, the library's convolutions apart."""
-    if INTERPRETED:
-        kernels = dict(functions())
-
-        class Kernels:
-            def __getattr__(self, name):
-                return kernels[name]
-
-        monkeypatch.setattr(_op, "on_gpu", lambda x: True)
-        for module in ("_generation", "_first_convolution"):
-            monkeypatch.setattr(f"kdops.{module}._ops", Kernels())
-        for name, kernel in kernels.items():
-            monkeypatch.setattr(torch.ops.kdops, name, kernel)
-    else:
-        with torch.backends.cudnn.flags(allow_tf32=False):
-            yield
-        return
-    yield
+    with mgd_on_triton() if INTERPRETED else torch.backends.cudnn.flags(allow_tf32=False):
+        yield
 
 
 @in_this_process
@@ -243,5 +221,5 @@ if not INTERPRETED:
         for kernel, types, constants in kernels(dtype, biased):
             constants |= {name: None for name, kind in types.items() if kind is None}
             resources = measured(kernel, types, constants, architecture)
-            assert resources.spilled == 0, f"{kernel.fn.__name__}: {resources}"
+            assert resources.local == 0, f"{kernel.fn.__name__}: {resources}"
             assert resources.shared <= SHARED_LIMIT, f"{kernel.fn.__name__}: {resources}"

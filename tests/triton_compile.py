@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for GPUs that need not be there, and reads what ptxas says of the result."""
+"""Compiles the Triton kernels for GPUs that need not be there, and reads what the result needs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import triton
+from ptx import cubin
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -29,7 +30,7 @@ _NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", 
 
 class Resources(NamedTuple):
     registers: int
-    spilled: int  # bytes, stores and loads
+    local: int  # bytes of local memory: where a compiler spills to
     shared: int  # bytes
     loads: dict[int, int]  # bytes of a load from global memory: how many such loads the code has
 
@@ -105,39 +106,22 @@ def measured(
         signature = {k: v for k, v in signature.items() if v != "constexpr"}
         source = ASTSource(kernel, signature, constants, AttrsDescriptor(tuple(even), ()))
     binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    report = _ptxas(binary.asm["ptx"])
+    (code,) = cubin.resources(binary.asm["cubin"]).values()
     widths = re.findall(r"\bld\.global\S*?(?:\.v(\d))?\.b(\d+)", binary.asm["ptx"])
     return Resources(
-        registers=int(re.search(r"Used (\d+) registers", report).group(1)),
-        spilled=sum(int(x) for x in re.findall(r"(\d+) bytes spill", report)),
+        registers=code.registers,
+        local=code.local,
         shared=binary.metadata.shared,
         loads=Counter(int(vector or 1) * int(bits) // 8 for vector, bits in widths),
     )
 
 
-def known(architecture: int) -> bool:
-    """Whether the wheel's tools know sm_`architecture`; where ptxas does not, its LLVM would end the process."""
-    return _run_ptxas(".version 7.0\n.target sm_80\n.address_size 64\n", f"sm_{architecture}")[0]
-
-
-def _ptxas(ptx: str) -> str:
-    """What `ptxas -v` of the triton wheel prints."""
-    taken, report = _run_ptxas(ptx, re.search(r"\.target\s+(sm_\w+)", ptx).group(1))
-    if not taken:
-        raise RuntimeError(f"no ptxas of the triton wheel takes this kernel: {report}")
-    return report
-
-
 @lru_cache(maxsize=8)
-def _run_ptxas(ptx: str, target: str) -> tuple[bool, str]:
-    """Whether a ptxas of the wheel takes it, and its words; wheels may carry a second one for the newest targets."""
-    tools = sorted((Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*"))
+def known(architecture: int) -> bool:
+    """Whether a ptxas of Triton's wheel knows sm_`architecture`: where none does, its LLVM would end the process."""
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        for tool in tools:
-            command = [str(tool), "-v", f"-arch={target}", str(source), "-o", str(Path(folder) / "kernel.cubin")]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode == 0:
-                return True, done.stdout + done.stderr
-    return False, done.stderr
+        source = Path(folder) / "empty.ptx"
+        source.write_text(".version 7.0\n.target sm_80\n.address_size 64\n")
+        tools = (Path(triton.__file__).parent / "backends" / "nvidia" / "bin").glob("ptxas*")
+        commands = ([tool, f"-arch=sm_{architecture}", source, "-o", Path(folder) / "empty.cubin"] for tool in tools)
+        return any(subprocess.run(command, capture_output=True).returncode == 0 for command in commands)

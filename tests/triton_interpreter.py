@@ -11,8 +11,9 @@ import importlib
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -133,3 +134,26 @@ def forced_tiling(**changes: Any) -> Any:
     with mock.patch.object(plan, "_MIN_STEPS", steps), mock.patch.object(plan, "plan_tiles", changed):
         yield
     plan._groups.cache_clear()
+
+
+def mgd_operators() -> dict[str, Callable]:
+    """The operators of a step of MGD that have no kernel for a CPU or another one."""
+    names = {
+        "mgd_mask": ("mgd_mask", "mgd_apply_mask_"),
+        "mgd_loss": ("mgd_relu_bits", "mgd_relu_backward_", "mgd_difference_", "mgd_bias_relu_"),
+        "scale": ("scale_gradients", "scale_gradients_"),
+    }
+    return {name: getattr(launcher(module), name) for module, each in names.items() for name in each}
+
+
+@contextmanager
+def mgd_on_triton() -> Iterator[None]:
+    """MGDLoss takes a GPU's way on CPU tensors: its kernels in Triton, the convolutions the library's."""
+    operators = mgd_operators()
+    with ExitStack() as stack:
+        stack.enter_context(mock.patch("kdops._op.on_gpu", lambda x: True))
+        for module in ("_generation", "_first_convolution"):
+            stack.enter_context(mock.patch(f"kdops.{module}._ops", SimpleNamespace(**operators)))
+        for name, operator in operators.items():
+            stack.enter_context(mock.patch.object(torch.ops.kdops, name, operator))
+        yield

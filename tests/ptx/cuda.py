@@ -44,13 +44,18 @@ def _compiled(source: Path, target: str) -> str:
     return out.read_text()
 
 
+def texts(target: str) -> list[str]:
+    """The PTX of every file with kernels."""
+    sources = [s for s in sorted((_ROOT / "csrc/cuda").glob("*.cu")) if s.stem != "launch"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda s: _compiled(s, target), sources))
+
+
 @lru_cache(maxsize=1)
 def _entries() -> dict[str, Module]:
     """Every kernel by its symbol. The made-up device of the shim has clusters, so the target is sm_90 at least."""
     target = "sm_90a" if mode.architecture in (80, 90) else f"sm_{mode.architecture}"
-    sources = [s for s in sorted((_ROOT / "csrc/cuda").glob("*.cu")) if s.stem != "launch"]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        modules = [Module(text) for text in pool.map(lambda s: _compiled(s, target), sources)]
+    modules = [Module(text) for text in texts(target)]
     return {entry: module for module in modules for entry in module.entries}
 
 

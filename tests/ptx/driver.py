@@ -24,6 +24,8 @@ _FORMATS = {
     **{"i1": "B", "u1": "B", "i8": "b", "u8": "B", "i16": "h", "u16": "H", "i32": "i", "u32": "I", "i64": "q"},
     **{"u64": "Q", "fp16": "e", "fp32": "f", "fp64": "d"},
 }
+#: Triton's own last stage, which `install` takes out.
+make_cubin = compiler.CUDABackend.make_cubin
 
 
 class _Utils:

@@ -1,6 +1,6 @@
 """All tests of kernels as PTX: every architecture, in order, in random orders, with perturbed approximations.
 
-python -m ptx.long [--architectures 80 90 100] [--seeds 2] [pytest's arguments]
+python -m ptx.long [--architectures 80 90 100] [--seeds 2] [pytest's arguments]: without the latter, all counters too.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parent.parent
 MODULES = (
     *sorted(TESTS.glob("test_triton_*.py")),
-    *(TESTS / "ptx" / name for name in ("test_launches.py", "test_mutations.py", "test_rounding.py")),
+    *(TESTS / "ptx" / f"test_{name}.py" for name in ("counters", "launches", "mutations", "rounding")),
     TESTS / "test_cuda_paths.py",
     TESTS / "test_cuda_precision.py",
 )
@@ -37,6 +37,11 @@ def main() -> int:
             command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *run, *rest, *map(str, MODULES)]
             if subprocess.run(command).returncode:
                 failed.append(" ".join(run))
+    if not rest:
+        command = [sys.executable, "-m", "ptx.counters", "--architectures", *map(str, options.architectures)]
+        print("counters", flush=True)
+        if subprocess.run(command).returncode:
+            failed.append("counters")
     print("failed: " + "; ".join(failed) if failed else "all passed")
     return bool(failed)
 

@@ -18,6 +18,7 @@ TRITON = (
     "test_triton_accuracy.py",
     "ptx/test_launches.py",
     "ptx/test_mutations.py",
+    "ptx/test_counters.py",
 )
 CUDA = ("test_cuda_paths.py", "test_cuda_precision.py", "ptx/test_rounding.py")
 
