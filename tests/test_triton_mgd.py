@@ -157,7 +157,7 @@ def functions():
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
-    """In the interpreter the module takes a GPU's way through its nodes, the library's convolutions apart."""
+    """In the interpreter the module takes the GPU's path through its nodes, except for the convolutions."""
     if INTERPRETED:
         kernels = dict(functions())
 

@@ -1,4 +1,4 @@
-"""Compiles the Triton kernels for GPUs that need not be there, and reads what ptxas says of the result."""
+"""Compiles the Triton kernels for GPUs that need not be there, and reads the resources that ptxas reports."""
 
 from __future__ import annotations
 

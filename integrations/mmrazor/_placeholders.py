@@ -35,7 +35,7 @@ EXPORTS = {
 }
 # MMRazor's loops call these when they are imported, for the names of what was registered.
 CALLED_ON_IMPORT = ("register_torch_fake_quants", "register_torch_observers")
-# Names that a config may ask for by `type=`.
+# Names that a config may use as `type=`.
 REGISTERED = (
     "AcademicQuantizer", "TorchNativeQuantizer", "TensorRTQuantizer", "OpenVINOQuantizer",
     "LearnableFakeQuantize", "LSQObserver", "LSQPerChannelObserver",

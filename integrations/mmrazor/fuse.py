@@ -53,7 +53,7 @@ def fuse(cfg: Cfg) -> tuple[Cfg, FuseReport]:
         A rewritten copy of ``cfg``, and a report of what was rewritten, what was left and why, which is also logged.
 
     Raises:
-        ValueError: ``cfg`` holds no distiller.
+        ValueError: ``cfg`` has no distiller.
     """
     cfg = copy.deepcopy(cfg)
     report = _fuse_distiller(_find_distiller(cfg))
@@ -98,7 +98,7 @@ def fuse_in_place(distiller: ConfigurableDistiller, cfg: Cfg) -> FuseReport:
         The report of `fuse`, which is also logged.
 
     Raises:
-        ValueError: ``cfg`` holds no distiller, or the connectors of another one.
+        ValueError: ``cfg`` has no distiller, or the connectors of another one.
     """
     cfg = _with_synchronised_norms(_find_distiller(cfg), distiller)
     fused, report = fuse(cfg)
