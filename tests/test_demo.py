@@ -14,8 +14,11 @@ pytest.importorskip("pycocotools")
 pytest.importorskip("sklearn")
 pytest.importorskip("skimage")
 
-from kdops.integrations.pytorch.demo import cli, engine, models  # noqa: E402
+from kdops.integrations.pytorch.demo import cli, distillation, engine, models  # noqa: E402
+from kdops.integrations.pytorch.demo.distillation import teacher_options  # noqa: E402
 from kdops.integrations.pytorch.demo.settings import Settings, parse  # noqa: E402
+
+from kdops import TeacherOptions  # noqa: E402
 
 TINY = {
     "images": 12,
@@ -139,8 +142,18 @@ def test_resume_refuses_other_settings(finished):
         cli.run(Settings(**{**TINY, "lr": 0.1}, output=settings.output, resume=True))
 
 
+@pytest.mark.parametrize("computes, dtype", [(True, torch.bfloat16), (False, None)])
+def test_teacher_is_prepared_in_what_the_device_computes_in(monkeypatch, computes, dtype):
+    monkeypatch.setattr(distillation, "_computes_in_bfloat16", lambda device: computes)
+    assert teacher_options(Settings()) == TeacherOptions(dtype=dtype, compile=False)
+
+
 def test_command_line_covers_every_setting():
     assert parse([]) == Settings()
+    given = parse(["--prepare-teacher", "fp16", "--compile-teacher"])
+    assert teacher_options(given) == TeacherOptions(dtype=torch.float16, compile=True)
+    assert teacher_options(parse(["--prepare-teacher", "fp32"])) == TeacherOptions(compile=False)
+    assert teacher_options(parse(["--prepare-teacher", "off"])) is None
     given = parse(["--model", "retinanet", "--teacher-epochs", "3", "--amp", "bf16", "--resume", "--output", "x"])
     assert (given.model, given.teacher_epochs, given.amp, given.resume, str(given.output)) == (
         "retinanet",

@@ -85,18 +85,20 @@ def test_damo_lets_the_weight_fall(tmp_path, monkeypatch):
 
 
 def test_mtpd_passes_the_student_from_teacher_to_teacher(tmp_path, monkeypatch):
-    begun = []
+    begun, made = [], []
     make = engine.make_distiller
 
-    def watch(student, teacher, taps, phase, steps):
+    def watch(student, teacher, taps, phase, *rest):
         begun.append((phase.teacher, teacher, {k: v.clone() for k, v in student.state_dict().items()}, taps))
-        return make(student, teacher, taps, phase, steps)
+        made.append(make(student, teacher, taps, phase, *rest))
+        return made[-1]
 
     monkeypatch.setattr(engine, "make_distiller", watch)
     trainers = train(tmp_path, recipe="mtpd", epochs=1)
     assert list(trainers) == ["weak_teacher", "teacher", "student", "distilled"]
     assert [name for name, *_ in begun] == ["weak_teacher", "teacher"]
     assert begun[0][1] is trainers["weak_teacher"].model and begun[1][1] is trainers["teacher"].model
+    assert [len(distiller.teacher_report.folded) for distiller in made] == [12, 20]  # all of slim10's and slim18's
     assert not torch.equal(begun[0][2]["head.classification_head.cls_logits.weight"], begun[1][2][
         "head.classification_head.cls_logits.weight"
     ])  # fmt: skip

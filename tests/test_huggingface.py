@@ -32,12 +32,24 @@ from transformers import (  # noqa: E402
     Trainer,
     TrainingArguments,
 )
+from transformers.utils.import_utils import check_torch_load_is_safe  # noqa: E402
 
 from kdops import CWDLoss  # noqa: E402
-from kdops.distill import Distiller, ProgressiveDistillation, Stage, StopDistillation, Tap  # noqa: E402
+from kdops.distill import Distiller, ProgressiveDistillation, Stage, StopDistillation, Tap, TeacherOptions  # noqa: E402
 
 LAYERS = [f"model.encoder_input_proj.{i}" for i in range(3)]
 WIDTHS = (8, 12)
+
+
+def _loads_checkpoints() -> bool:
+    try:
+        check_torch_load_is_safe()
+    except ValueError:
+        return False
+    return True
+
+
+resumes = pytest.mark.skipif(not _loads_checkpoints(), reason="transformers resumes no run with a PyTorch this old")
 
 
 def _detector(width: int, classes: int = 3) -> RTDetrForObjectDetection:
@@ -243,6 +255,7 @@ def _made(kind: str, student: nn.Module, teacher: nn.Module) -> Any:
     return _distiller(student, teacher, stop=StopDistillation(**{kind: 1 if kind == "epoch" else 7}))
 
 
+@resumes
 @pytest.mark.parametrize("kind", ["epoch", "step", "progressive"])
 def test_a_resumed_run_equals_one_without_a_break(kind, tmp_path):
     student, teacher = _small_networks()
@@ -257,6 +270,7 @@ def test_a_resumed_run_equals_one_without_a_break(kind, tmp_path):
     assert again.stopped == whole.stopped == (kind != "progressive")
 
 
+@resumes
 def test_last_checkpoint_is_found_and_one_without_distillation_is_refused(tmp_path):
     student, teacher = _small_networks()
     first = _distiller(student, teacher)
@@ -281,6 +295,22 @@ def test_teacher_and_align_layers_follow_mixed_precision(tmp_path):
     assert set(seen) == {torch.bfloat16} and len(seen) == 2 * len(LAYERS)
     assert all(p.dtype == torch.float32 for p in (*student.parameters(), *distiller.parameters()))
     assert trainer.state.log_history[0]["distill/" + "+".join(LAYERS)] > 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"bf16": True}])
+def test_prepared_teacher_gives_the_losses_of_the_given_one(settings, tmp_path):
+    logs = {}
+    for options in (None, TeacherOptions(compile=False)):
+        student, teacher = _networks()
+        distiller = _distiller(student, teacher, teacher_options=options)
+        trainer = _trainer(student, distiller, tmp_path / str(options is None), max_steps=3, **settings)
+        trainer.train()
+        name = "distill/" + "+".join(LAYERS)
+        logs[options] = [entry[name] for entry in trainer.state.log_history if name in entry]
+        assert (distiller.teacher is teacher) == (options is None)
+    plain, prepared = logs.values()
+    assert len(plain) == 3 and prepared == pytest.approx(plain, rel=1e-2 if settings else 1e-5)
+    assert distiller.teacher_report.differences
 
 
 def test_evaluation_and_a_users_own_trainer(tmp_path):

@@ -28,6 +28,7 @@ from kdops.distill import (  # noqa: E402
     Stage,
     StopDistillation,
     Tap,
+    TeacherOptions,
     student_checkpoint,
 )
 
@@ -121,6 +122,20 @@ def test_a_run_equals_the_plain_loop(as_dict, accumulate):
     assert not any(torch.equal(a, b) for a, b in zip(start, _state(distiller))), "the align layers were not trained"
     _assert_same(_state(teacher), untouched)
     assert "training_step" not in module.__dict__, "the module's own training_step must be back"
+
+
+def test_prepared_teacher_leaves_a_run_and_the_given_teacher_as_they_are():
+    student, teacher = pair()
+    twin, untouched = copy.deepcopy(student), [*_state(teacher), *(p.requires_grad for p in teacher.parameters())]
+    reference = _distiller(twin, copy.deepcopy(teacher))
+    _plain_loop(twin, reference)
+    distiller = _distiller(student, teacher, teacher_options=TeacherOptions(compile=False))
+    _fit(Module(student, False), DistillationCallback(distiller))
+    assert distiller.teacher_report.folded == ["stem.0"]
+    for a, b in zip(_state(student, distiller), _state(twin, reference)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for a, b in zip([*_state(teacher), *(p.requires_grad for p in teacher.parameters())], untouched):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
 
 
 def test_terms_are_logged_beside_the_users_own(tmp_path):

@@ -14,7 +14,7 @@ from mmengine.model import BaseModel
 from mmengine.runner import load_checkpoint
 from torch import nn
 
-from kdops import Distiller, ProgressiveDistillation, Stage, Tap
+from kdops import Distiller, ProgressiveDistillation, Stage, Tap, TeacherOptions
 from kdops.distill import WarmupWeight, exclude_from_ddp
 
 ModelCfg = Union[str, dict]
@@ -38,6 +38,8 @@ class KDOpsDistilledDetector(BaseModel):
             configs: ``loss=dict(type="kdops.CWDLoss", norm="batch")``, ``weight=dict(type="kdops.CosineWeight", ...)``.
         weight: factor of all terms: a number, or the config of a schedule.
         split_terms: log the terms of taps that share a loss one by one; it costs a little.
+        teacher_options: keyword arguments of `kdops.TeacherOptions`, to prepare every teacher on its first batch:
+            ``dict(dtype="bfloat16")``, ``dict()`` for its defaults. None: it runs as it is.
         stages: progressive teachers (MTPD) in place of teacher, taps and weight: dicts with ``teacher``,
             ``teacher_checkpoint``, ``taps``, ``weight``, and a length in ``epochs`` or ``steps``.
         data_preprocessor: as for any model of mmengine; the student's when None.
@@ -56,6 +58,7 @@ class KDOpsDistilledDetector(BaseModel):
         taps: Sequence[dict] = (),
         weight: float | dict = 1.0,
         split_terms: bool = False,
+        teacher_options: dict | None = None,
         stages: Sequence[dict] | None = None,
         data_preprocessor: dict | nn.Module | None = None,
         init_cfg: dict | None = None,
@@ -70,7 +73,11 @@ class KDOpsDistilledDetector(BaseModel):
         else:
             parts = list(stages)
         built = [_stage(**part) for part in parts]
-        options = dict(run_teacher=_run_features if _only_features(parts) else _run_all, split_terms=split_terms)
+        options = dict(
+            run_teacher=_run_features if _only_features(parts) else _run_all,
+            split_terms=split_terms,
+            teacher_options=None if teacher_options is None else TeacherOptions(**teacher_options),
+        )
         if stages is None:
             only = built[0]
             self.distiller = Distiller(student, only.teacher, only.taps, weight=only.weight, **options)

@@ -12,6 +12,7 @@ from kdops.distill.schedules import (
     WeightSchedule,
 )
 from kdops.distill.taps import Tap
+from kdops.distill.teacher_options import TeacherOptions, TeacherReport
 from kdops.distill.teacher_order import TeacherOrder, order_teachers
 from kdops.distill.wrapper import DistilledOutput, DistilledStudent, exclude_from_ddp
 
@@ -28,7 +29,9 @@ __all__ = [
     "StopDistillation",
     "StudentCheckpoint",
     "Tap",
+    "TeacherOptions",
     "TeacherOrder",
+    "TeacherReport",
     "WarmupWeight",
     "WeightSchedule",
     "exclude_from_ddp",

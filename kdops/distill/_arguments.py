@@ -8,11 +8,12 @@ from torch import nn
 
 from kdops.distill.schedules import StopDistillation
 from kdops.distill.taps import Tap
+from kdops.distill.teacher_options import TeacherOptions
 
 __all__ = ["check_arguments", "check_passes", "loaded", "unknown_widths"]
 
 
-def check_arguments(student: Any, taps: Any, run_teacher: Any, stop: Any) -> None:
+def check_arguments(student: Any, taps: Any, run_teacher: Any, stop: Any, teacher_options: Any = None) -> None:
     """Types and names of a Distiller's arguments."""
     if not isinstance(student, nn.Module):
         raise TypeError(f"Distiller: student must be a module, got {type(student).__name__}")
@@ -28,6 +29,8 @@ def check_arguments(student: Any, taps: Any, run_teacher: Any, stop: Any) -> Non
         raise TypeError(f"Distiller: run_teacher must be a function, got {type(run_teacher).__name__}")
     if stop is not None and not isinstance(stop, StopDistillation):
         raise TypeError(f"Distiller: stop must be a StopDistillation, got {type(stop).__name__}")
+    if teacher_options is not None and not isinstance(teacher_options, TeacherOptions):
+        raise TypeError(f"Distiller: teacher_options must be TeacherOptions, got {type(teacher_options).__name__}")
 
 
 def loaded(teacher: Any, student: nn.Module) -> nn.Module:

@@ -76,6 +76,11 @@ class Capture:
             )
         return feature
 
+    def leave_if_complete(self) -> None:
+        """Raise what leaves the run, if it is to be left as soon as every place has been seen."""
+        if self.stop and len(self.seen) == len(self.places):
+            raise _AllSeen
+
     def remove(self) -> None:
         """Take the hooks off the network."""
         self.open = False
@@ -99,8 +104,8 @@ class _LayerHook(_Hook):
         if self.index not in capture.seen:  # not setdefault, which Dynamo of PyTorch 2.4 cannot trace
             capture.seen[self.index] = []
         capture.seen[self.index].append((feature, None if compiling else feature._version))
-        if capture.stop and not compiling and len(capture.seen) == len(capture.places):
-            raise _AllSeen
+        if not compiling:
+            capture.leave_if_complete()
 
 
 class _AllSeen(BaseException):
@@ -191,8 +196,8 @@ class Frozen:
         first = next(self.network.parameters(), None)
         return None if first is None else first.device
 
-    def run(self, call: Callable[[nn.Module], Any]) -> dict[Place, Tensor]:
-        """Return the tapped maps of ``call(network)``.
+    def run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[Place, Tensor]:
+        """Return the tapped maps of ``call(network, *args, **kwargs)``.
 
         The first run goes through to the end, which shows a layer that runs twice; later ones stop behind the last
         tapped layer.
@@ -202,7 +207,7 @@ class Frozen:
         capture.stop, capture.seen, capture.open = self.checked, {}, True
         try:
             with torch.no_grad():
-                call(self.network)
+                call(self.network, *args, **kwargs)
         except _AllSeen:
             pass
         finally:
@@ -210,6 +215,10 @@ class Frozen:
         maps = capture.take()
         self.checked = True
         return maps
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change all tensors of the network, as ``to()`` does."""
+        self.network._apply(change)
 
     def free(self) -> None:
         """Let go of the network."""

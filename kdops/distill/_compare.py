@@ -18,9 +18,9 @@ Maps = Mapping[Place, Tensor]
 Caller = Callable[..., Any]
 
 
-def call_directly(module: nn.Module, *args: Any) -> Any:
-    """Call a sub-module as it is."""
-    return module(*args)
+def call_directly(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call a module as it is."""
+    return module(*args, **kwargs)
 
 
 class Comparison(nn.Module):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["copy_sharing"]
+__all__ = ["copy_sharing", "copy_sharing_tensors", "hooks_of"]
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -21,3 +22,24 @@ def copy_sharing(module: Kind, memo: dict[int, Any], shared: Sequence[str], **ch
     kept = {name: state.pop(name) for name in shared}
     twin.__setstate__({**copy.deepcopy(state, memo), **kept, **changes})
     return twin
+
+
+def copy_sharing_tensors(module: Kind) -> Kind:
+    """Deep-copy a module whose parameters and buffers are others, frozen, on the same memory.
+
+    Hooks are the same objects, so that whoever put them there sees the copy run.
+    """
+    memo: dict[int, Any] = {id(hook): hook for part in module.modules() for hook in hooks_of(part)}
+    memo.update({id(tensor): _frozen_twin(tensor) for tensor in chain(module.parameters(), module.buffers())})
+    return copy.deepcopy(module, memo)
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """The hooks around a module's forward, without those that a copy does not take along."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    return [hook for hook in hooks if not hasattr(hook, "__deepcopy__")]
+
+
+def _frozen_twin(tensor: Tensor) -> Tensor:
+    twin = tensor.detach()
+    return nn.Parameter(twin, requires_grad=False) if isinstance(tensor, nn.Parameter) else twin

@@ -16,11 +16,13 @@ from torch.optim import Optimizer
 
 from kdops.distill import _average, _optimizer
 from kdops.distill._arguments import check_arguments, check_passes, loaded, unknown_widths
-from kdops.distill._capture import Frozen, Recorder, captured_once
+from kdops.distill._capture import Recorder, captured_once
 from kdops.distill._compare import Comparison, call_directly
 from kdops.distill._copying import copy_sharing
+from kdops.distill._prepared import hold_teacher
 from kdops.distill.schedules import StopDistillation, WeightSchedule, as_schedule
 from kdops.distill.taps import Place, Tap, find_layer, unwrap
+from kdops.distill.teacher_options import TeacherOptions, TeacherReport
 
 __all__ = ["DistillLoss", "Distiller"]
 
@@ -93,6 +95,8 @@ class Distiller(nn.Module):
         stop: when distillation ends.
         split_terms: report every level of a grouped call by its own name. It takes the loss's values per row instead
             of its fused scalar, which costs a little.
+        teacher_options: prepare the teacher on the first batch, so that it costs less, see `kdops.TeacherOptions`. It
+            is then a copy that is frozen, and the given module stays as it is. None: it runs as it is given.
 
     Raises:
         TypeError: student, teacher or taps are of the wrong type.
@@ -110,9 +114,10 @@ class Distiller(nn.Module):
         weight: float | WeightSchedule | Callable[[int, int], float] = 1.0,
         stop: StopDistillation | None = None,
         split_terms: bool = False,
+        teacher_options: TeacherOptions | None = None,
     ) -> None:
         super().__init__()
-        check_arguments(student, taps, run_teacher, stop)
+        check_arguments(student, taps, run_teacher, stop, teacher_options)
         student = unwrap(student)
         self._student = (student,)  # in a tuple, so that it is no sub-module
         self._run_teacher = run_teacher
@@ -128,7 +133,8 @@ class Distiller(nn.Module):
         for place, _ in self.taps.places:  # before a teacher is loaded, and before any hook is there to be left behind
             find_layer("Distiller: student", student, place)
         self._owns_teacher = True
-        self._teacher = Frozen("Distiller: teacher", loaded(teacher, student), [place for _, place in self.taps.places])
+        places = [place for _, place in self.taps.places]
+        self._teacher = hold_teacher("Distiller: teacher", loaded(teacher, student), places, teacher_options)
         self._recorder: Recorder | None = self._record()
         self.register_load_state_dict_post_hook(_after_loading)
 
@@ -141,6 +147,11 @@ class Distiller(nn.Module):
     def teacher(self) -> nn.Module | None:
         """The frozen network, None once distillation has ended."""
         return self._teacher.network
+
+    @property
+    def teacher_report(self) -> TeacherReport | None:
+        """What the first batch showed of a teacher that is prepared (``teacher_options``)."""
+        return getattr(self._teacher, "report", None)
 
     @property
     def stopped(self) -> bool:
@@ -303,8 +314,7 @@ class Distiller(nn.Module):
                 f"Distiller: the teacher is on {self._teacher.device}, but the student's maps are on {device}; "
                 f"move it with distiller.to('{device}')"
             )
-        run = self._run_teacher
-        return self._teacher.run(lambda net: net(*args, **kwargs) if run is None else run(net, *args, **kwargs))
+        return self._teacher.run(self._run_teacher or call_directly, args, kwargs)
 
     def _build(self, students: dict[Place, Tensor], teachers: dict[Place, Tensor]) -> None:
         self.check_widths()
@@ -344,7 +354,7 @@ class Distiller(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Distiller:
         if self._owns_teacher and self.teacher is not None:
-            self.teacher._apply(fn)
+            self._teacher.apply(fn)
         return super()._apply(fn, recurse)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Distiller:

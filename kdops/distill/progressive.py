@@ -18,6 +18,7 @@ from kdops.distill._copying import copy_sharing
 from kdops.distill.distiller import Distiller, DistillLoss
 from kdops.distill.schedules import WeightSchedule, as_schedule
 from kdops.distill.taps import Tap, find_layer, unwrap
+from kdops.distill.teacher_options import TeacherOptions
 
 __all__ = ["ProgressiveDistillation", "Stage"]
 
@@ -78,7 +79,7 @@ class ProgressiveDistillation(nn.Module):
     Args:
         student: the network that is trained.
         stages: the stages in their order, all measured in epochs or all in steps.
-        run_teacher, split_terms: as for `Distiller`.
+        run_teacher, split_terms, teacher_options: as for `Distiller`, in every stage.
         on_stage: called with this object whenever its ``stage`` changes, on resuming too; ``stage`` equals the number
             of stages when distillation has ended.
 
@@ -94,18 +95,23 @@ class ProgressiveDistillation(nn.Module):
         *,
         run_teacher: Callable[..., Any] | None = None,
         split_terms: bool = False,
+        teacher_options: TeacherOptions | None = None,
         on_stage: Callable[[ProgressiveDistillation], None] | None = None,
     ) -> None:
         super().__init__()
         self._by_epoch = _measured_in_epochs(stages)
         self._ends = _ends(stages)
         for stage in stages:  # all of them now, rather than in the middle of the training
-            check_arguments(student, stage.taps, run_teacher, None)
+            check_arguments(student, stage.taps, run_teacher, None, teacher_options)
             for tap in stage.taps:
                 find_layer("ProgressiveDistillation: student", unwrap(student), tap.places[0])
         self._stages: list[Stage | None] = list(stages)  # None once a stage is over
         self._student = (unwrap(student),)
-        self._options = {"run_teacher": run_teacher, "split_terms": split_terms}
+        self._options = {
+            "run_teacher": run_teacher,
+            "split_terms": split_terms,
+            "teacher_options": teacher_options,
+        }
         self._on_stage = on_stage
         self._optimizers: list[tuple[Optimizer, int]] = []
         self._step = self._epoch = 0

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 import kdops
-from kdops import CosineWeight, Distiller, StopDistillation, Tap
+from kdops import CosineWeight, Distiller, StopDistillation, Tap, TeacherOptions
 
 from .models import FPN_LEVELS
 from .plan import Phase
-from .settings import Settings
+from .settings import AMP_DTYPES, Settings
 
 # Published for one-stage detectors; MGD's is its alpha.
 DEFAULT_WEIGHTS = {"cwd": 1.0, "pkd": 10.0, "mgd": 2e-5}
@@ -36,7 +37,24 @@ def align_layers(taps: list[Tap]) -> list[nn.Module]:
     return [nn.Identity() if layer is None else layer for layer in layers]
 
 
-def make_distiller(student: nn.Module, teacher: nn.Module, taps: list[Tap], phase: Phase, steps: int) -> Distiller:
+def teacher_options(settings: Settings) -> TeacherOptions | None:
+    """How the teacher is prepared, None where it runs as it is."""
+    precision = settings.prepare_teacher
+    if precision == "off":
+        return None
+    if precision == "auto":
+        precision = "bf16" if _computes_in_bfloat16(settings.torch_device()) else "fp32"
+    return TeacherOptions(dtype=AMP_DTYPES.get(precision), compile=settings.compile_teacher)
+
+
+def make_distiller(
+    student: nn.Module,
+    teacher: nn.Module,
+    taps: list[Tap],
+    phase: Phase,
+    steps: int,
+    options: TeacherOptions | None = None,
+) -> Distiller:
     """``steps``: optimiser steps of the whole phase."""
     return Distiller(
         student,
@@ -44,4 +62,13 @@ def make_distiller(student: nn.Module, teacher: nn.Module, taps: list[Tap], phas
         taps,
         weight=CosineWeight(start=1.0, end=0.1, steps=steps) if phase.weight == "cosine" else 1.0,
         stop=None if phase.stop_epoch is None else StopDistillation(epoch=phase.stop_epoch),
+        teacher_options=options,
     )
+
+
+def _computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster there than float32: not on a processor that only emulates it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    # PyTorch 2.4 does not know, and tells nothing.
+    return getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()

@@ -15,15 +15,14 @@ from tqdm import tqdm
 from kdops import Distiller
 
 from .data import CocoFolder, steps_per_epoch, training_batches
-from .distillation import align_layers, make_distiller, make_taps
+from .distillation import align_layers, make_distiller, make_taps, teacher_options
 from .evaluate import evaluate
 from .files import save_checkpoint
 from .models import DetectorConfig, build_detector
 from .plan import Phase, Run
-from .settings import Settings
+from .settings import AMP_DTYPES, Settings
 
 WARM_UP_SHARE = 0.1
-AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 SHOWN_EVERY = 10  # steps between updates of the losses in the progress bar
 
 
@@ -97,7 +96,8 @@ class _PhaseTrainer:
         taps = make_taps(self.settings)
         self.trainer.aligns = align_layers(taps)
         teacher = self.trainer.teachers[self.phase.teacher]
-        return make_distiller(self.model, teacher, taps, self.phase, self.steps).bind(self.optimizer)
+        options = teacher_options(self.settings)
+        return make_distiller(self.model, teacher, taps, self.phase, self.steps, options).bind(self.optimizer)
 
     def train(self, saved: dict[str, Any] | None) -> None:
         first = 0
@@ -110,6 +110,8 @@ class _PhaseTrainer:
             self.scaler.load_state_dict(saved["scaler"])
         for epoch in range(first, self.phase.epochs):
             self._epoch(epoch)
+            if epoch == first and self.distiller is not None and self.distiller.teacher_report is not None:
+                tqdm.write(str(self.distiller.teacher_report))
             self._evaluate(epoch + 1)
             self._save(epoch + 1)
         if self.distiller is not None and not self.distiller.stopped:

@@ -13,6 +13,7 @@ from .models import BACKBONES, MODELS
 
 LOSSES = ("cwd", "pkd", "mgd")
 RECIPES = ("plain", "rtmdet", "damo", "mtpd")
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # What may differ between an interrupted run and the one that resumes it.
 FREE_ON_RESUME = ("resume", "workers", "output")
 
@@ -48,6 +49,12 @@ class Settings:
     flip: float = _option(0.0, "share of images mirrored (digits must not be)", type=float)
     device: str = _option("auto", "auto takes cuda where it is there")
     amp: str = _option("off", "autocast dtype", choices=("off", "bf16", "fp16"))
+    prepare_teacher: str = _option(
+        "auto",
+        "precision of the prepared teacher; auto: bf16 where the device computes in it; off: as it is",
+        choices=("auto", "off", "fp32", "bf16", "fp16"),
+    )
+    compile_teacher: bool = _option(False, "compile the prepared teacher, which takes seconds", action="store_true")
     seed: int = _option(0, "seed of data, weights and order", type=int)
     workers: int = _option(0, "processes that load data", type=int)
     eval_every: int = _option(2, "epochs between evaluations; 0: only at the end of a stage", type=int)
