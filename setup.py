@@ -1,8 +1,8 @@
-"""Builds the one optional extension, kdops._C, and says what it builds and why.
+"""Builds the optional extension kdops._C, and prints what it builds and why.
 
-CPU kernels always; CUDA kernels where PyTorch is a CUDA build, nvcc is there and a GPU is seen or FORCE_CUDA=1.
+CPU kernels always; CUDA kernels if PyTorch is a CUDA build, nvcc is found, and a GPU is found or FORCE_CUDA=1 is set.
 Without PyTorch at build time (build isolation) or without a C++ compiler the package installs without the extension:
-Triton then serves the GPU and the eager reference the CPU. KDOPS_REQUIRE_EXTENSION=1 makes that an error.
+The GPU then uses Triton and the CPU the eager reference. KDOPS_REQUIRE_EXTENSION=1 makes that an error.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ def without_extension(reason: str) -> dict:
 
 
 def find_cuda() -> None:
-    """Helps PyTorch past an nvcc that is a link or a script elsewhere, and to a list of GPUs where none is seen."""
+    """Set CUDA_HOME if nvcc on the path is a link or a script, and the list of architectures if there is no GPU."""
     import torch
 
     nvcc = shutil.which("nvcc")
     beside = nvcc and os.path.exists(os.path.join(os.path.dirname(os.path.dirname(nvcc)), "include", "cuda_runtime.h"))
     if nvcc and not beside and os.path.exists("/usr/local/cuda/include/cuda_runtime.h"):
         os.environ.setdefault("CUDA_HOME", "/usr/local/cuda")
-    if not torch.cuda.is_available():  # else PyTorch builds for the GPUs it sees
+    if not torch.cuda.is_available():  # else PyTorch builds for the GPUs it finds
         newest = tuple(map(int, (torch.version.cuda or "0.0").split("."))) >= (12, 8)
         os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0a;10.0+PTX" if newest else "8.0+PTX;9.0a")
 
 
 def cuda_sources() -> tuple[list[str], str]:
-    """The CUDA sources to build, and the reason for none."""
+    """The CUDA sources to build, or none and the reason."""
     import torch
     from torch.utils.cpp_extension import CUDA_HOME
 
@@ -74,7 +74,7 @@ def extension_arguments() -> dict:
         def run(self) -> None:
             try:
                 super().run()
-            except Exception as error:  # a failed compiler run is reported, and the package installs without
+            except Exception as error:  # a failed build is reported, and the package installs without the extension
                 if REQUIRED:
                     raise
                 say(f"the extension did not build, going on without it: {error}")

@@ -1,1 +1,1 @@
-"""What the losses cost: time, memory, host microseconds and first call, beside eager PyTorch and torch.compile."""
+"""The cost of the losses (time, memory, host time, first call), compared with eager PyTorch and torch.compile."""

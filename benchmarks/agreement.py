@@ -11,7 +11,7 @@ from benchmarks import providers, timing
 from kdops import testing
 from kdops.testing import Case, as_list, relative_error
 
-#: What a baseline may be off by and still be the same function. Eager half precision keeps probabilities in half.
+#: The error up to which a baseline counts as the same function. Eager half precision keeps probabilities in half.
 BASELINE_VALUE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.5}
 BASELINE_GRADIENT = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.5, torch.float16: 0.5}
 
@@ -38,7 +38,7 @@ class Oracle:
         self.value, self.dtype = torch.stack(values).sum(), case.student_dtype
 
     def errors(self, name: str, run: providers.Provider, student: Any, teacher: Any) -> Errors:
-        """How far a provider is off: the value, and the worst level's gradient."""
+        """The errors of a provider: of the value, and the largest of the levels' gradients."""
         value, gradients = timing.Step(lambda: run(student, teacher), student)()
         total = torch.stack([v.detach().double() for v in as_list(value)]).sum()
         gradient = max(relative_error(g, expected) for g, expected in zip(gradients, self.gradients))

@@ -38,7 +38,7 @@ def _in_a_process(provider: str, device: str, caches: dict[str, str]) -> float:
 
 
 def _first_call(provider: str, device: str, case: Case) -> float:
-    """The imports of PyTorch and kdops and the start of the GPU are not counted: a training has paid them before."""
+    """The imports of PyTorch and kdops and the initialisation of the GPU are not counted: training pays for them."""
     student, teacher = case.inputs(device)
     timing.synchronise(device)
     start = time.perf_counter()

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in at most ten minutes: builds, tests, sanitises and times, and leaves logs and CSVs in the
-# folder given to it.   benchmarks/gpu_check.sh FOLDER        (PYTHON=python of an environment with torch and pytest)
+# Everything that needs a GPU, in at most ten minutes: builds, tests, sanitizes and times, and writes logs and CSVs to
+# the folder given to it.   benchmarks/gpu_check.sh FOLDER        (PYTHON=python of an environment with torch and pytest)
 # Triton's cache is kept in runs/triton from one call to the next, or in TRITON_CACHE_DIR.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -26,7 +26,7 @@ step build 130 env KDOPS_REQUIRE_EXTENSION=1 "$python" setup.py build_ext --inpl
 step triton 80 "$python" -m benchmarks.warm_triton || failed=1
 step tests 130 "$python" -m pytest -m gpu -p no:cacheprovider --maxfail=20 tests || failed=1
 
-# Small shapes, in which blocks of clusters and of waves meet: the tools slow a kernel down by two orders of magnitude,
+# Small shapes in which blocks of clusters and waves synchronize: the tools make a kernel 100 times slower,
 # and importing torch under one takes most of a minute. PyTorch's own allocator would hide accesses out of bounds.
 sanitised=("$python" -m pytest -m gpu -p no:cacheprovider -x tests/test_cuda_gpu.py -k "sanitizer")
 if command -v compute-sanitizer >/dev/null; then

@@ -1,7 +1,7 @@
 """Times the paths of the CUDA kernels, with the gradient in both places, beside Triton.
 
 A step is forward and backward in a CUDA graph, on inputs that the cache has lost: the kernels' time without the host's.
-What `kdops._cuda.RULES` names as faster on a device is to be entered from this file's CSV. It has not been run yet.
+The entries `faster_on` of `kdops._cuda.RULES` are to come from this file's CSV.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Host microseconds of a call on a map too small to cost anything, and what they are made of.
+"""Host time of a call on a map that is too small to cost anything, and its parts.
 
-Small maps are bound by the host: Python's checks, autograd's bookkeeping and PyTorch's dispatcher.
+Small maps are host-bound: Python's checks, autograd's bookkeeping and PyTorch's dispatcher.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SHAPE = (1, 4, 4, 4)
 
 
 class _EmptyFunction(torch.autograd.Function):
-    """The least that any loss of its own backward costs: no work in either direction."""
+    """The lower bound for a loss with its own backward: no work in either direction."""
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor) -> Tensor:

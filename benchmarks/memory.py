@@ -29,7 +29,7 @@ def _peak_on_gpu(call: Callable[[], Any]) -> int:
 
 def _peak_on_cpu(call: Callable[[], Any]) -> int:
     """Every allocation and release of the CPU allocator, from C++ and compiled code too, in the order of time."""
-    # The profiler's own log level: without a GPU it reports on every start that there is none.
+    # The profiler's log level: without a GPU it would print at every start that there is none.
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         result = call()

@@ -5,7 +5,7 @@ Writes results/mgd.csv (mgd-GPU.csv on a GPU) and the table beside it. The provi
     eager                  the published chain: a mask drawn on the CPU and copied, two convolutions, summed squares
     eager, channels_last   the same with maps and weights in channels_last
     torch.compile          of the eager chain
-    convolutions           the six of the generator's step alone (align's three too), the whole map: the library's floor
+    convolutions           the six of the generator's step alone (align's three too), the whole map: the lower bound
     kdops                  MGDLoss
     kdops, dense           MGDLoss with all convolutions over the whole map
     kdops, autocast        MGDLoss under torch.autocast, which lets a CPU's convolutions run in half precision
@@ -121,7 +121,7 @@ def case_rows(case: MGDCase, device: str, seconds: float) -> Iterator[table.Row]
 
 
 def providers(case: MGDCase) -> list[str]:
-    """The dense way is apart only where kdops takes the compact one, autocast where there is something to cast."""
+    """Dense is a provider only if kdops uses the compact path, autocast only if there is something to cast."""
     found = [EAGER, CHANNELS_LAST, COMPILE, CONVOLUTIONS, KDOPS]
     return found + ([AUTOCAST] if case.dtype == HALF else [DENSE] * (not case.mask_on_channel))
 
@@ -187,7 +187,7 @@ def _provider(name: str, data: MGDStep) -> tuple[Callable, Tensor, Tensor]:
 @contextmanager
 def _dense_only() -> Iterator[None]:
     original = _first_convolution.COMPACT_FROM
-    _first_convolution.COMPACT_FROM = 2.0  # no mask leaves out so much
+    _first_convolution.COMPACT_FROM = 2.0  # no mask drops that many positions
     try:
         yield
     finally:
@@ -195,7 +195,7 @@ def _dense_only() -> Iterator[None]:
 
 
 def _convolutions(data: MGDStep) -> Callable[[], None]:
-    """Forward, input gradient and weight gradient of every convolution, channels_last as kdops takes them."""
+    """Forward, input gradient and weight gradient of every convolution, channels_last as in kdops."""
     p = data.module.parameters_of_chain()
     kind = {"memory_format": torch.channels_last}
     student, teacher = (x.detach().contiguous(**kind) for x in (data.student, data.teacher))

@@ -35,7 +35,7 @@ STOCK, TAKEN_OVER, FUSED, STUDENT = "MMRazor", "kdops, names taken over", "kdops
 
 
 def load_config() -> Config:
-    """The published config; its teacher's weights cannot matter for time, and are not downloaded."""
+    """The published config; its teacher's weights do not affect the time and are not downloaded."""
     cfg = Config.fromfile(os.path.join(os.path.dirname(mmyolo.__file__), ".mim", "configs", CONFIG))
     cfg.model.teacher_ckpt = None
     return cfg

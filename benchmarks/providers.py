@@ -1,4 +1,4 @@
-"""What is compared: the eager code that detectors are distilled with today, torch.compile of it, and kdops."""
+"""The providers: the eager code that detectors are distilled with today, torch.compile of it, and kdops."""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@ from benchmarks import plots, providers, table, timing
 BEGIN, END = "<!-- figures:begin -->", "<!-- figures:end -->"
 README = Path(__file__).resolve().parent.parent / "README.md"
 PASS_PROVIDER = "read-read-write"
-#: Maps that the streaming kernels of a GPU move in forward and backward. The floor is 3: read both, write the
-#: gradient; on a CPU a channel stays in the cache, and the floor is the roofline.
+#: Maps that the streaming kernels of a GPU move in forward and backward. The lower bound is 3: read both,
+#: write the gradient; on a CPU a channel stays in the cache, and the lower bound is the roofline.
 MAPS_MOVED = {("cwd_loss", False): 3, ("cwd_loss", True): 7, ("pkd_loss", True): 5}
 
 Key = tuple[str, ...]  # op, options, shape, dtype, layout
@@ -178,7 +178,7 @@ def _providers_table(w: Workload) -> str:
 
 
 def _model_line(w: Workload, bandwidth: float, on_cpu: bool) -> str:
-    """Bandwidth by the bytes of the floor, and on a GPU how close to the roofline of the streaming kernels."""
+    """Bandwidth by the bytes of the lower bound, and on a GPU the fraction of the streaming kernels' roofline."""
     seconds = w.time(providers.KDOPS) / 1e6
     graph = w.time(providers.KDOPS, timing.GRAPH) / 1e6
     if not math.isnan(graph):

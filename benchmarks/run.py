@@ -15,7 +15,7 @@ from kdops import testing
 from kdops.testing import Case, as_list
 
 READ_READ_WRITE, COPY = "read-read-write", "copy"
-#: Rows of a provider that is not the same function within its budget: they carry its errors and no time.
+#: Mode of the rows of a provider that exceeds its error budget: they have its errors and no time.
 DISAGREES = "disagrees"
 #: Below this many microseconds of a read-read-write pass, events alone would time the host.
 GRAPH_BELOW = 100.0
@@ -112,7 +112,7 @@ def _copy_row(device: str, seconds: float) -> Iterator[table.Row]:
 
 def _host_rows(device: str, seconds: float) -> Iterator[table.Row]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # a pool of threads has nothing to do on so small a map, and its barriers are no host cost
+    torch.set_num_threads(1)  # a thread pool has nothing to do on so small a map, and its barriers are not host time
     for loss in testing.LOSSES:
         case = shapes.workload(loss, host.SHAPE)
         for (name, mode), quantiles in host.measure(case, device, seconds).items():
@@ -134,7 +134,7 @@ def _step_rows(device: str, seconds: float) -> Iterator[table.Row]:
 
 
 def _graph_columns(case: Case, run: providers.Provider) -> Iterator[tuple[str, table.Row]]:
-    """Times on inputs that the cache has lost, then on one input over and over."""
+    """Times with a cold cache, then on one input repeatedly."""
 
     def make(seed: int) -> timing.Step:
         student, teacher = case.inputs("cuda", seed)
@@ -147,7 +147,7 @@ def _graph_columns(case: Case, run: providers.Provider) -> Iterator[tuple[str, t
 
 
 def _read_read_write(student: object, teacher: object) -> object:
-    """One pass over the same maps that does next to nothing: reads both, writes a third."""
+    """One pass over the same maps with hardly any arithmetic: reads both, writes a third."""
     pairs = [(s.detach(), t, torch.empty_like(s)) for s, t in zip(as_list(student), as_list(teacher))]
     return lambda: [torch.add(s, t, out=d) for s, t, d in pairs]
 

@@ -83,7 +83,7 @@ def calls(functions: dict[str, Callable[[], Any]], seconds: float, device: str) 
 def graph(steps: list[Step], replays: int = 30) -> list[float]:
     """Seconds per step on a GPU, without the host: all steps one after the other in one CUDA graph.
 
-    With inputs of at least three times the L2 cache together, every step finds a cache that others have filled.
+    With inputs of at least three times the L2 cache together, every step starts with a cold cache.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -134,8 +134,8 @@ def _cpu_sample(step: Step, repeats: int) -> dict[str, float]:
 
 
 class _DeviceClock:
-    """Device events around one step. A buffer larger than the L2 is read before it: that empties the cache and leaves
-    nothing in it to be written back during the step, as a fill would, and the host queues the step meanwhile."""
+    """Device events around one step. A buffer larger than L2 is read before it: this evicts the cache without dirty
+    lines that would be written back during the step, as a fill would leave, and the host queues the step meanwhile."""
 
     def __init__(self) -> None:
         self.buffer = torch.zeros(64 * 2**20, device="cuda")
@@ -158,7 +158,7 @@ class _DeviceClock:
 
 
 def _in_turn(names: list[str], seconds: float) -> Iterator[str]:
-    """The names round by round, each round in a new random order, until the time is over."""
+    """The names round by round, each round in a new random order, until the time is up."""
     order, shuffle = list(names), random.Random(0).shuffle
     end = time.perf_counter() + seconds
     with _no_collector():

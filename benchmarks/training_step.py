@@ -1,4 +1,4 @@
-"""Whole training steps of a detector that is distilled: how much of a step the loss is, with each implementation.
+"""Whole training steps of a distilled detector: the share of the loss in a step, with each implementation.
 
 torchvision's FCOS on a ResNet-18, its five FPN outputs distilled from a ResNet-34 by CWD on normalised channels.
 Weights are random, images are noise: the time of a step does not depend on either.

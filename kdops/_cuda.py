@@ -1,8 +1,8 @@
-"""Which kernels serve a loss on a GPU: Triton's, or a path of the CUDA C++ kernels (csrc/cuda).
+"""Which kernels run a loss on a GPU: Triton's, or a path of the CUDA C++ kernels (csrc/cuda).
 
 `RULES` is the only table. A path is chosen by shape, dtype, layout, compute capability and an occupancy query, never by
 timing at run time: the fastest path would differ between ranks and runs, and so would the results. ``faster_on`` is
-empty in every rule until a GPU has been measured (see DESIGN.md), so Triton serves every call; `forced` selects a path
+empty in every rule until a GPU has been measured (see DESIGN.md), so Triton runs every call; `forced` selects a path
 for tests and benchmarks.
 
 Where the gradient is computed. The kernels support both: from saved statistics in the backward (half precision, on

@@ -240,7 +240,7 @@ def split(values: Tensor, shapes: Sequence[Sequence[int]], single: bool) -> Tens
 
 
 def on_gpu(x: Tensor) -> bool:
-    """Whether the Triton kernels serve a tensor."""
+    """Whether the Triton kernels apply to a tensor."""
     return x.is_cuda
 
 

@@ -1,4 +1,4 @@
-"""How exact a loss has to be where float32 is hard pressed: large means, and maps that are nearly equal.
+"""The accuracy required of a loss at the limits of float32: large means, and maps that are nearly equal.
 
 The eager code that detectors are distilled with today (benchmarks/providers.py) is the measure: in fp32, each error
 against the fp64 oracle may be four times its own.
@@ -23,7 +23,7 @@ DISTANCES = (1e-1, 1e-2, 1e-3, 1e-4)
 #: Error of CWD's value, in units of tau^2 loss_weight, that is allowed where the value itself vanishes: on a CPU, of
 #: the GPU's kernels that normalise, and of the one that sums up a row in one pass, against a running maximum.
 FLOOR, GPU_FLOOR, ONLINE_FLOOR = 1e-9, 5e-9, 5e-8
-#: The same of PKD's value, in units of loss_weight, where the maps agree but for their scale.
+#: The same for PKD's value, in units of loss_weight, where the maps agree up to their scale.
 SCALED_FLOOR = 1e-7
 
 #: Losses with options: those that normalise, and all.
@@ -35,7 +35,7 @@ Run = Callable[[Case, list[Tensor], list[Tensor]], tuple[Tensor, list[Tensor]]]
 
 
 def check_a_mean(case: Case, mean: float, run: Run, device: str = "cpu") -> None:
-    """Value and gradient of maps whose channels have a mean of so many deviations.
+    """Value and gradient of maps whose channels have a mean of this many deviations.
 
     The measure is what the eager code is off without a mean: with one it is often off by far more.
     """
@@ -51,7 +51,7 @@ def check_a_mean(case: Case, mean: float, run: Run, device: str = "cpu") -> None
 def check_a_distance(
     case: Case, distance: float, floor: float, run: Run, device: str = "cpu", scale: float = 1.0
 ) -> None:
-    """Value and gradient of maps that are nearly equal, but for a scale. floor: one of those above."""
+    """Value and gradient of maps that are nearly equal up to a scale. floor: one of those above."""
     generator = torch.Generator().manual_seed(4)
     teacher = torch.randn(case.shapes[0], generator=generator)
     student = scale * (teacher + distance * torch.randn(case.shapes[0], generator=generator))
@@ -64,7 +64,7 @@ def check_a_distance(
 
 
 def check_equal_maps(case: Case, run: Run, device: str = "cpu") -> None:
-    """Of equal maps value and gradient are 0, to the last bit."""
+    """Value and gradient of equal maps are exactly 0."""
     x = torch.randn(case.shapes[0], generator=torch.Generator().manual_seed(5))
     x = laid_out(x.to(device), case.student_layout)
     value, gradients = run(case, [x.clone()], [x.clone()])

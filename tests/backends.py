@@ -1,4 +1,4 @@
-"""The backends that random calls can be given to without a GPU, by name.
+"""The backends for random calls without a GPU, by name.
 
 cpu            the public losses
 interpreter    the Triton kernels in Triton's interpreter
@@ -57,7 +57,7 @@ class Choice(NamedTuple):
     cuts: bool = False
 
     def judge(self, call: Call) -> list[Miss]:
-        """What is wrong with what a call gives here."""
+        """What is wrong with the results of a call on this backend."""
         return judge(self.adapt(call), self.run, self.cuts)
 
 
@@ -80,7 +80,7 @@ def choose(name: str) -> Choice:
 
 
 def triton_launcher(loss: str) -> SimpleNamespace:
-    """Forward and backward of the Triton kernels; launches of the call before are let go."""
+    """Forward and backward of the Triton kernels; launches of the previous call are dropped."""
     from ptx import mode
 
     mode.forget()
@@ -89,7 +89,7 @@ def triton_launcher(loss: str) -> SimpleNamespace:
 
 
 def cuda(call: Call, inputs: Inputs, weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The CUDA kernels on one of the paths that take the call; where none does, the CPU's."""
+    """The CUDA kernels on one of the paths that take the call; if there is none, the CPU's."""
     import cuda_host
 
     shim = cuda_host.shim()

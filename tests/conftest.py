@@ -28,7 +28,7 @@ def instruction_set(request):
 
 @pytest.fixture
 def poisoned():
-    """Fresh memory is NaN, so that an element which no kernel writes shows."""
+    """Fresh memory is NaN, so that an element that no kernel writes is noticed."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -21,8 +21,8 @@ from kdops import testing
 
 ROOT = Path(__file__).resolve().parent.parent
 BLOCK, CLUSTER, WAVES, CHANNELS_LAST = 1, 2, 3, 4
-#: The smallest bf16 maps for which every kind of meeting takes place on an H100: clusters of 8 blocks, waves of groups
-#: of at least 3, each with several channels.
+#: The smallest bf16 maps for which every kind of synchronization between blocks occurs on an H100: clusters of 8
+#: blocks, waves of groups of at least 3, each with several channels.
 MEETING = {BLOCK: (2, 3, 20, 20), CLUSTER: (32, 2, 80, 80), WAVES: (4, 130, 80, 80), CHANNELS_LAST: (2, 130, 40, 41)}
 H100 = {"architecture": 90, "multiprocessors": 132, "shared": 227 << 10, "l2": 50 << 20}
 
@@ -35,7 +35,7 @@ class LaunchRecord(NamedTuple):
 
 
 class Shim:
-    """The loaded library: operators under torch.ops.kdops_shim, and the made-up device."""
+    """The loaded library: operators under torch.ops.kdops_shim, and the simulated device."""
 
     def __init__(self, path: str) -> None:
         self._library = ctypes.CDLL(path)
@@ -62,7 +62,7 @@ class Shim:
 
     @contextmanager
     def planning(self) -> Iterator[None]:
-        """Launches are written down without being run."""
+        """Launches are recorded, but not run."""
         self._library.shim_plan_only(True)
         try:
             yield
@@ -70,7 +70,7 @@ class Shim:
             self._library.shim_plan_only(False)
 
     def order(self, seed: int) -> None:
-        """In which order threads take turns: 0 first come first served, odd random, even with some blocks far ahead."""
+        """The order in which threads run: 0 first come first served, odd random, even with some blocks far ahead."""
         cuda.order(seed) if self._as_ptx else self._library.shim_set_order(seed)
 
     def reset(self) -> None:
@@ -104,7 +104,7 @@ def shim() -> Shim:
         is_standalone=False,
         verbose=False,
     )
-    if path is None:  # PyTorch 2.4 loads the library and does not say where it is
+    if path is None:  # PyTorch 2.4 loads the library and does not return its path
         path = str(Path(cpp_extension._get_build_directory("kdops_shim", False)) / "kdops_shim.so")
     return Shim(path)
 

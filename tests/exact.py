@@ -1,4 +1,4 @@
-"""The fp64 oracle of a random call, and how far from it a good implementation may be: the one definition of that.
+"""The fp64 oracle of a random call, and the only definition of the error that an implementation may have.
 
 Right is the eager reference in fp64 on the same rounded inputs; u is the unit roundoff of the sums, 2^-24, but where a
 map is fp64 four of those, 2^-51, as the oracle has its own. A value, or the gradient of a level or of one of its
@@ -59,7 +59,7 @@ def apply(call: Call, students: list, teachers: list, module: Any, mask: Tensor 
 
 
 class Exact:
-    """The fp64 oracle of a call, and how far a good implementation may be from it, computed once it is asked for."""
+    """The fp64 oracle of a call and its error bounds, computed on first use."""
 
     def __init__(self, call: Call, inputs: Inputs) -> None:
         self.call, self.inputs = call, inputs

@@ -1,4 +1,4 @@
-"""Random calls for as long as one likes: python tests/fuzz.py --seconds 600 --seed 1, or make fuzz SECONDS=600.
+"""Random calls for a given time: python tests/fuzz.py --seconds 600 --seed 1, or make fuzz SECONDS=600.
 
 --backend triton90 and others run the kernels for a GPU instead of the CPU's: see backends.py. Every miss becomes a line
 of JSON in runs/fuzz, with its call, the simplest call found that misses likewise, and a command that repeats it. The
@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None, backend: Choice | None = None) -> i
 
 
 def campaign(options: argparse.Namespace, lines: TextIO, backend: Choice) -> tuple[Counter, int]:
-    """Calls until the time is over or there are enough. Returns the misses of each kind, and the number of calls."""
+    """Calls until the time or their number is reached. Returns the misses of each kind, and the number of calls."""
     pick, kinds, calls = random.Random(options.seed).choice, Counter(), 0
     losses = [loss for loss in options.losses if loss in backend.losses]
     start = time.monotonic()
@@ -87,7 +87,7 @@ def campaign(options: argparse.Namespace, lines: TextIO, backend: Choice) -> tup
 
 
 def command(call: Call, backend: str = "cpu") -> str:
-    """What repeats a call."""
+    """The command that repeats a call."""
     return f"PYTHONPATH=. {sys.executable} tests/fuzz.py --backend {backend} --repeat {shlex.quote(call.json())}"
 
 

@@ -1,4 +1,4 @@
-"""Runs a random call through a backend and says what is wrong with what comes out. `exact` has the measure."""
+"""Runs a random call on a backend and reports what is wrong with its results, by the bounds of `exact`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Backend = Callable[[Call, Inputs, list[Tensor]], Outcome]
 
 @dataclass(frozen=True)
 class Miss:
-    """What is off, by how much, how much it may be, and the size of what is right."""
+    """A miss: what is off, its error, the bound, and the magnitude of the expected value."""
 
     what: str
     error: float = 0.0
@@ -70,13 +70,13 @@ def operators(find: Callable[[str], Any], save: Save = Save.STATS) -> Backend:
 
 
 def judge(call: Call, backend: Backend = public, cuts: bool = False) -> list[Miss]:
-    """Run a call, and say what is wrong with what comes out. cuts: bfloat16 is cut, as by Triton's interpreter."""
+    """Run a call and report what is wrong with its results. cuts: bfloat16 is cut, as by Triton's interpreter."""
     inputs = call.inputs()
     before = [b.clone() for b in inputs.buffers]
     exact = Exact(call, inputs)
     try:
         values, gradients = backend(call, inputs, exact.weights)
-    except Exception as error:  # any refusal or crash of a valid call is a miss
+    except Exception as error:  # any error or crash of a valid call is a miss
         return [Miss(f"raised {type(error).__name__}: {error}")]
     misses = [Miss("an input was changed") for b, was in zip(inputs.buffers, before) if not same_bits(b, was)]
     dtype = torch.float64 if call.wide else torch.float32

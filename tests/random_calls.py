@@ -64,7 +64,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Values:
-    """What the maps hold: normal numbers around a mean per channel, and what is out of the ordinary."""
+    """The values of the maps: normal numbers around a mean per channel, and special values."""
 
     scale: float = 1.0
     mean: float = 0.0  # in deviations
@@ -72,7 +72,7 @@ class Values:
     spike: float = 0.0  # the largest element, in deviations
     near: float | None = None  # the teacher is gain times the student times 1 + near * noise
     gain: float = 1.0
-    bad: str = ""  # an element that is no number: "student nan", "teacher -inf"
+    bad: str = ""  # a non-finite element: "student nan", "teacher -inf"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What autograd does with the fused losses: modes, repeated and hooked backwards, second derivatives."""
+"""The fused losses under autograd: modes, repeated backwards, hooks, second derivatives."""
 
 import gc
 import math
@@ -221,7 +221,7 @@ def mgd_loss(student, teacher):
     return kdops.mgd_loss(student, teacher, backend="fused")
 
 
-#: Every fused function, by the name in its errors.
+#: Every fused function, by the name in its error messages.
 FUSED = {
     **{name: partial(function, backend="fused") for name, (function, _) in testing.LOSSES.items()},
     "mgd_loss": mgd_loss,
@@ -244,7 +244,7 @@ def test_forward_mode_is_refused(name, side):
     with forward_ad.dual_level():
         with pytest.raises(RuntimeError, match=rf"{name}: forward-mode .* not supported .*reference"):
             call(forward_ad.make_dual(x, torch.ones_like(x)))
-        call(x)  # without a tangent all is well, there too
+        call(x)  # without a tangent it works there too
     with pytest.raises(RuntimeError, match=f"{name}: forward-mode"):
         torch.func.jvp(call, (x,), (torch.ones_like(x),))
 

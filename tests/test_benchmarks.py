@@ -46,7 +46,7 @@ def test_rows_of_a_workload():
 
 
 def test_no_speed_without_agreement(monkeypatch):
-    """A value that is right with a gradient that is not: its errors are reported, its time is not."""
+    """A correct value with a wrong gradient: its errors are reported, its time is not."""
     fused = providers.build(providers.KDOPS, SMALL)
     build = providers.build
 

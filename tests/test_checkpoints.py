@@ -1,4 +1,4 @@
-"""Student checkpoints: every layout, what is kept and dropped, and what is refused."""
+"""Student checkpoints: every layout, what is kept and dropped, and errors."""
 
 from __future__ import annotations
 

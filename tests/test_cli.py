@@ -1,4 +1,4 @@
-"""The command line: its output, its exit status and what it refuses."""
+"""The command line: its output, exit status and errors."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ARCHITECTURES = ("80", "90a", "100")
 REGISTERS = 65536  # of a multiprocessor
 THREADS = 256
-# Blocks that a multiprocessor is to hold at once, so that some load while others compute; four but for these.
+# Blocks that should be resident on a multiprocessor, so that some load while others compute; four except for these.
 PLANNED_BLOCKS = {"channels": 3, "backward": 3, "merge": 2}
 KERNELS = {f"{loss}_{k}" for loss in ("cwd", "pkd") for k in ("channels", "backward", "lane_moments", "lane_gradient")}
 KERNELS |= {"cwd_lane_merge", "cwd_lane_sums", "cwd_lane_finish", "pkd_lane_merge"}
@@ -44,7 +44,7 @@ def nvcc(*arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """The folder of objects, and what ptxas said."""
+    """The folder of objects, and the output of ptxas."""
     folder = tmp_path_factory.mktemp("cuda")
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     said = ""
@@ -78,7 +78,7 @@ def test_no_spills_and_registers_within_the_plan(compiled):
 
 @pytest.mark.parametrize("loss", ["cwd_loss", "pkd_loss"])
 def test_code_without_clusters_traps_where_it_would_need_them(loss, tmp_path):
-    """In a kernel of sm_80 a barrier that does nothing would give wrong results in silence."""
+    """In a kernel for sm_80 a barrier that does nothing would silently give wrong results."""
     for architecture, barriers in (("80", False), ("90a", True)):
         ptx = tmp_path / f"{architecture}.ptx"
         nvcc("-ptx", "-O3", f"-arch=sm_{architecture}", f"csrc/cuda/{loss}.cu", "-o", str(ptx))
@@ -90,7 +90,7 @@ def test_code_without_clusters_traps_where_it_would_need_them(loss, tmp_path):
 
 
 def test_links_and_registers(compiled):
-    """The library loads with no GPU there, and its operators have CUDA kernels."""
+    """The library loads without a GPU, and its operators have CUDA kernels."""
     folder, _ = compiled
     includes = [f"-I{path}" for path in [ROOT / "csrc", *cpp_extension.include_paths()]]
     for source in sorted((ROOT / "csrc/cuda").glob("*.cpp")):

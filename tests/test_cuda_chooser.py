@@ -1,4 +1,4 @@
-"""The choice between Triton and the paths of the CUDA kernels, on a made-up device of the host shim."""
+"""The choice between Triton and the paths of the CUDA kernels, on a simulated device of the host shim."""
 
 from __future__ import annotations
 

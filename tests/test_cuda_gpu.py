@@ -26,7 +26,7 @@ def layout(path: Path) -> dict:
 
 
 def taken(case: testing.Case, path: Path, device: str = "cuda") -> tuple:
-    """The inputs of a case; skips where the path refuses them."""
+    """The inputs of a case; skips if the path does not support them."""
     student, teacher = case.inputs(device)
     reason = _cuda.refusal(case.loss, path, testing.as_list(student), testing.as_list(teacher))
     if reason is not None:
@@ -101,7 +101,7 @@ def replayed(work, student, fresh) -> None:
         captured = work()
     with torch.no_grad():
         student.copy_(fresh)
-    for _ in range(3):  # counters of a replay begin anew
+    for _ in range(3):  # counters start from 0 at every replay
         graph.replay()
     torch.cuda.synchronize()
     assert all(torch.equal(a, b) for a, b in zip(captured, work()))

@@ -1,4 +1,4 @@
-"""What csrc/cuda/launch.cu asks of the CUDA runtime and sets there, on a made-up one: no GPU, no launch."""
+"""What csrc/cuda/launch.cu queries and sets in the CUDA runtime, on a simulated one: no GPU, no launch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not HEADERS, reason="CUDA's headers are not here
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
     library = tmp_path_factory.mktemp("runtime") / "launch.so"
-    # Symbolic: its own runtime comes before the real one, which PyTorch may have loaded.
+    # -Bsymbolic: its own runtime takes precedence over the real one, which PyTorch may have loaded.
     flags = "-x c++ -std=c++20 -O1 -shared -fPIC -pthread -Wl,-Bsymbolic".split()
     sources = [ROOT / "csrc/cuda/launch.cu", ROOT / "tests/cuda_shim/runtime.cpp"]
     command = [os.environ.get("CXX", "c++"), *flags, f"-I{HEADERS[0]}", f"-I{ROOT / 'csrc'}", *map(str, sources)]
@@ -33,14 +33,14 @@ def built(tmp_path_factory):
 
 @pytest.fixture
 def runtime(built, tmp_path):
-    """A copy of its own for each test, since what was asked once is remembered."""
+    """A separate copy for each test, since the results of queries are cached."""
     runtime = ctypes.CDLL(str(shutil.copy(built, tmp_path / "launch.so")))
     runtime.runtime_run.restype = ctypes.c_char_p
     return runtime
 
 
 def test_shared_memory_is_allowed_once_and_in_full(runtime):
-    """A limit of each launch's own size would be the wrong one for another thread's launch in between."""
+    """A limit set to the size of each launch would be wrong for another thread's launch in between."""
     for shared in (60 << 10, 200 << 10, 50 << 10, 0):
         assert runtime.runtime_run(shared, 1, 0) == b""
     assert runtime.runtime_run_from_threads(8, 50) == 0
@@ -62,4 +62,4 @@ def test_no_room_for_a_cooperative_launch_is_a_refusal(runtime):
     runtime.runtime_launches_give(COOPERATIVE_LAUNCH_TOO_LARGE)
     assert runtime.runtime_run(0, 1, 1).startswith(b"refused: the device has no room now for 256 blocks")
     runtime.runtime_launches_give(INVALID_VALUE)
-    assert runtime.runtime_run(0, 1, 1) == b"error: kdops: launch: made-up error"
+    assert runtime.runtime_run(0, 1, 1) == b"error: kdops: launch: simulated error"

@@ -80,7 +80,7 @@ def test_channels_last_blocks(loss, shapes, dtype, shim, poisoned):
 @pytest.mark.parametrize("loss", testing.LOSSES)
 @pytest.mark.parametrize("shape", [(3, 1, 75, 98), (1, 1, 140, 131)])
 def test_cluster_sizes(loss, shape, dtype, shim, poisoned):
-    """The less shared memory the made-up device has, the larger the clusters that hold a channel."""
+    """The less shared memory the simulated device has, the larger the clusters that hold a channel."""
     case = testing.Case(loss, testing.LOSSES[loss][1][-1], (shape,), dtype, dtype)
     seen = set()
     for shared in (int((200 << 10) * 0.93**i) for i in range(100)):
@@ -102,7 +102,7 @@ def test_cluster_sizes(loss, shape, dtype, shim, poisoned):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("loss", testing.LOSSES)
 def test_any_order_of_threads_gives_the_same_bits(loss, path, shim, poisoned):
-    """A missing barrier shows as another result in some order."""
+    """A missing barrier changes the result in some order."""
     shim.device(multiprocessors=3, shared=30 << 10)
     shapes, options = ((3, 4, 31, 33), (3, 5, 8, 8)), testing.LOSSES[loss][1][-1]
     case = testing.Case(loss, options, shapes, *[torch.bfloat16] * 2, **layouts(path))
@@ -139,7 +139,7 @@ def test_waves_of_groups(loss, l2, blocks, shim, poisoned):
 
 # Bytes per element of one map that the kernels ask for, in half precision: value, with the gradient in the forward, and
 # the backward from statistics. On chip that is what memory moves, as a map is read once. In waves and channels_last it
-# is asked for once per visit, and how much of the later visits comes from the L2 cache only a GPU's counters can tell.
+# is requested once per pass, and only a GPU's counters can tell how much of the later passes comes from L2.
 BYTES_REQUESTED = {
     ("cwd_loss", host.BLOCK): (4, 6, 6),
     ("cwd_loss", host.CLUSTER): (4, 6, 6),
@@ -235,7 +235,7 @@ def test_large_mean(path, shim, poisoned):
 
 
 def test_refusals(shim):
-    """Each path says why it cannot take a call."""
+    """Each path gives the reason why it does not support a call."""
 
     def refusal(path, **changes):
         case = testing.Case("cwd_loss", {"norm": "batch"}, ((2, 4, 13, 19),), **changes)
@@ -266,7 +266,7 @@ def test_refusals(shim):
 
 
 def test_a_refusal_sees_the_backward(shim):
-    """The gradient of overlapping memory lies otherwise than its map: what takes the one may not take the other."""
+    """The gradient of a map with overlapping memory has other strides, which a path may not support."""
     student = torch.randn(2, 4, 1, 1, dtype=torch.float16).expand(2, 4, 3, 5)
     student = student.contiguous(memory_format=torch.channels_last)[:, :, :1, :1].expand(2, 4, 3, 5)
     teacher = torch.randn(2, 4, 3, 5).half().contiguous(memory_format=torch.channels_last)
@@ -284,7 +284,7 @@ def on_one_level() -> tuple:
 
 
 def test_blocks_meet_in_the_shapes_for_the_sanitizer(shim):
-    """Without a meeting of blocks a tool that looks for races has nothing to find."""
+    """Without synchronization between blocks a race detector has nothing to find."""
     shim.device(**host.H100)
     for loss in testing.LOSSES:
         for path, shape in host.MEETING.items():

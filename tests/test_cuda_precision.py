@@ -1,4 +1,4 @@
-"""The CUDA kernels' precision on the host shim, where fp32 is hard pressed: against fp64 and beside the eager code."""
+"""The CUDA kernels' precision on the host shim at the limits of fp32, compared with fp64 and the eager code."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def test_student_is_smaller_and_as_long_trained(finished):
     for same in ("parameters", "gflop_per_image", "backbone", "fpn_channels"):
         assert student[same] == distilled[same]
     assert student["steps"]["lr"] == distilled["steps"]["lr"]
-    # The same first weights and the same first batch: the paths part only after the first step.
+    # The same initial weights and the same first batch: the runs diverge only after the first step.
     assert student["steps"]["detection"][0] == distilled["steps"]["detection"][0]
     assert student["steps"]["detection"][1:] != distilled["steps"]["detection"][1:]
 

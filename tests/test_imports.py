@@ -1,4 +1,4 @@
-"""The house's import rules, and both ways of importing a loss."""
+"""The import rules of the repository, and both ways of importing a loss."""
 
 import ast
 import subprocess

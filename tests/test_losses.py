@@ -128,7 +128,7 @@ def test_beyond_two_to_the_31_elements(loss):
     small = testing.Case(loss, {**case.options}, ((2, *shape[1:]),), torch.bfloat16, torch.bfloat16, reduction="sum")
     value = case.call(student.requires_grad_(), teacher)
     gradient = torch.autograd.grad(value, student)[0][-1]
-    if loss == "cwd_loss":  # no normalisation: rows do not touch
+    if loss == "cwd_loss":  # no normalisation: rows are independent
         s, t = student.detach()[-2:].clone().requires_grad_(), teacher[-2:]
         expected = small.call(s, t)
         assert testing.relative_error(value, expected) < 1e-5

@@ -19,7 +19,7 @@ from kdops.testing import (
 )
 
 ODD = (3, 13, 9)
-#: Widths of which masked_conv.cpp has tiles, widths of which it has none, and an align in front of both.
+#: Widths of which masked_conv.cpp has tiles, widths of which it has none, and an align before both.
 WIDTHS = ((32, 32), (24, 64), (8, 12), (12, 12))
 CASES = [
     MGDCase(*widths, ODD, lambda_mgd, mask_on_channel=on_channel)
@@ -43,7 +43,7 @@ HALVES = [
 
 
 def keep_of(step, case, seed):
-    """The mask that manual_seed gives a step, by the definition."""
+    """The mask that manual_seed gives a step, from the reference."""
     if step.mask is not None:
         return step.mask
     torch.manual_seed(seed)
@@ -69,7 +69,7 @@ def outcomes(case, device="cpu", weight=1.5):
 
 @pytest.fixture(params=[1, 2, 10**9], ids=["image_by_image", "two_images", "at_once"])
 def chunks(request, monkeypatch):
-    """How the CPU cuts the batch; the tests' maps are too small to be cut otherwise."""
+    """How the CPU splits the batch; the tests' maps are too small to be split by default."""
 
     def cut(student, p):
         return (slice(i, i + request.param) for i in range(0, len(student), request.param))
@@ -282,8 +282,8 @@ def test_same_bits_on_every_run_and_thread_count():
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0]))
 
 
-@pytest.mark.parametrize("factor, anew", [(1.0, 0), (-(2.0**16), 0), (3.0, 1)])
-def test_bf16_is_computed_anew_where_scaling_would_round_again(factor, anew, monkeypatch):
+@pytest.mark.parametrize("factor, recomputed", [(1.0, 0), (-(2.0**16), 0), (3.0, 1)])
+def test_bf16_is_recomputed_where_scaling_would_round_again(factor, recomputed, monkeypatch):
     case = MGDCase(32, 32, (3, 14, 12), dtype=torch.bfloat16, explicit=True)
     step = case.step()
     inputs = [step.student, *step.module.parameters()]
@@ -292,6 +292,6 @@ def test_bf16_is_computed_anew_where_scaling_would_round_again(factor, anew, mon
     monkeypatch.setattr(_generation_by_images, "_step", lambda *args: steps.append(1) or whole(*args))
     with torch.autocast("cpu", dtype=torch.bfloat16):  # of the backward alone: it changes nothing
         got = torch.autograd.grad(loss, inputs, torch.tensor(factor))
-    assert len(steps) == anew
+    assert len(steps) == recomputed
     for g, expected in zip(got, step.eager(torch.float64, step.mask).run(factor)[1:]):
         assert relative_error(g, expected) <= 1.02 * relative_error(expected.to(torch.bfloat16), expected)

@@ -1,4 +1,4 @@
-"""MGDLoss as a module: published state dicts, refusals, the graph of its node, torch.compile, peak memory."""
+"""MGDLoss as a module: published state dicts, errors, the graph of its node, torch.compile, peak memory."""
 
 import pytest
 import torch

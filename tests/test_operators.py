@@ -1,4 +1,4 @@
-"""The registered operators: opcheck, gradcheck, and what torch.compile makes of them."""
+"""The registered operators: opcheck, gradcheck and torch.compile."""
 
 import pytest
 import torch

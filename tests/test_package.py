@@ -1,4 +1,4 @@
-"""What a stranger installs: the source distribution, the wheel made from it, and the package without a compiler."""
+"""Installation: the source distribution, the wheel built from it, and the package without a compiler."""
 
 import importlib.util
 import os
@@ -60,7 +60,7 @@ def test_sdist_holds_the_sources(unpacked):
 
 
 def test_installs_without_a_compiler(unpacked, tmp_path):
-    """The wheel is built, says why it lacks the extension, and its losses run on the CPU."""
+    """The wheel is built, the reason for the missing extension is printed, and the losses run on the CPU."""
     pip = [sys.executable, "-m", "pip", "-v", "install", "--no-build-isolation", "--no-deps", "--no-index"]
     built = run(*pip, "--target", str(tmp_path), str(unpacked), CXX="no-such-compiler")
     assert (

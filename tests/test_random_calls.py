@@ -1,4 +1,4 @@
-"""Random calls of the public losses, and whether their judge sees what is wrong."""
+"""Random calls of the public losses, and tests that their judge detects errors."""
 
 import json
 import os
@@ -140,7 +140,7 @@ def test_every_call_can_be_made_simple():
         assert sorted(simple.levels[0].shape) == [1, 1, 1, 2 if normalised else 1]
 
 
-# ---- the judge has to see -------------------------------------------------------------------------------------------
+# ---- the judge detects errors ---------------------------------------------------------------------------------------
 CALL = Call(
     "cwd_loss",
     levels=(Level((2, 3, 4, 5)), Level((2, 3, 2, 2), student_dtype="bfloat16")),

@@ -1,4 +1,4 @@
-"""What the README says is run: its Python as one program, its commands one by one."""
+"""The README is run: its Python as one program, its commands one by one."""
 
 import re
 import shutil

@@ -77,12 +77,12 @@ def batches():
 
 
 def train(model, rank=0, ranks=1):
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     for image, teacher in batches():
         mine = slice(rank * 4 // ranks, (rank + 1) * 4 // ranks)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         model(image[mine], teacher[mine]).backward()
-        optimiser.step()
+        optimizer.step()
 
 
 def data_parallel(rank, ranks, store, out):

@@ -132,7 +132,7 @@ def test_tiles_cover_the_maps_and_waste_little(shapes, order):
 
 
 def test_the_choice_of_a_launch_is_cached():
-    """A training step must not pay for it again: new tensors of the same kind find it."""
+    """The plan is cached: new tensors of the same kind do not compute it again."""
     _groups.cache_clear()
     for _ in range(3):
         groups([torch.randn(2, 4, 8, 8)], [torch.randn(2, 4, 8, 8)])

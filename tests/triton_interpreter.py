@@ -28,7 +28,7 @@ AS_PTX = mode.architecture is not None
 #: On CPU tensors, in either way.
 INTERPRETED = AS_PTX or os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
-#: Triton's interpreter cuts where a device rounds to the nearest bfloat16, which doubles a stored gradient's error.
+#: Triton's interpreter truncates to bfloat16, a device rounds to nearest: this doubles a stored gradient's error.
 BFLOAT16_BUDGET = (2 if INTERPRETED and not AS_PTX else 1) * GRADIENT_BUDGET[torch.bfloat16]
 NORMS = {None: 0, "batch": 1, "pkd": 2}
 REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}

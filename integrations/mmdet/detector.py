@@ -46,7 +46,7 @@ class KDOpsDistilledDetector(BaseModel):
         init_cfg: mmengine's initialisation config.
 
     Raises:
-        ValueError: both or neither of ``teacher`` and ``stages`` are given, or what `kdops.Distiller` refuses.
+        ValueError: both or neither of ``teacher`` and ``stages`` are given, or `kdops.Distiller` raises.
         RuntimeError: stages or schedules, but no KDOpsDistillHook to drive them.
     """
 
@@ -154,7 +154,7 @@ def _scheduled(parts: Sequence[dict]) -> bool:
 
 
 def _in_epochs(stages: Sequence[Stage]) -> list[str]:
-    """What is measured in epochs, in words: stages by their length, and schedules."""
+    """A description of what is measured in epochs: stages and schedules."""
     found = [f"stage {number} of {stage.epochs} epochs" for number, stage in enumerate(stages) if stage.epochs]
     for schedule in [weight for stage in stages for weight in (stage.weight, *(tap.weight for tap in stage.taps))]:
         while isinstance(schedule, WarmupWeight):

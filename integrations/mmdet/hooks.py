@@ -20,7 +20,7 @@ from .detector import KDOpsDistilledDetector
 
 
 def distilled_detector(owner: str, runner: Runner) -> KDOpsDistilledDetector:
-    """The runner's model, out of its wrapper; a TypeError if it is none of ours."""
+    """The runner's model without its wrapper; raises TypeError if it is no KDOpsDistilledDetector."""
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
     if not isinstance(model, KDOpsDistilledDetector):
         raise TypeError(f"{owner}: the model must be a KDOpsDistilledDetector, got {type(model).__name__}")
@@ -29,24 +29,24 @@ def distilled_detector(owner: str, runner: Runner) -> KDOpsDistilledDetector:
 
 @HOOKS.register_module()
 class KDOpsDistillHook(Hook):
-    """Tells the distiller how far training has come, and keeps its state apart from the student's in checkpoints.
+    """Reports steps and epochs to the distiller, and separates its state from the student's in checkpoints.
 
-    Weight schedules and progressive teachers need it. Every checkpoint then has the student alone in ``state_dict``,
-    exactly as the student's plain config saves it, and the distiller's own state in ``distiller``.
+    Weight schedules and progressive teachers need it. ``state_dict`` of every checkpoint then contains only the
+    student, exactly as the student's plain config saves it; the distiller's own state is in ``distiller``.
 
-    Where the next of several teachers takes over (MTPD), the learning rate goes back to its start, the optimizer
-    forgets its momentum, and the parameter schedulers begin anew: every stage is a full schedule, so the schedulers of
-    the config describe one stage.
+    At the start of the next stage of several teachers (MTPD), the learning rate returns to its initial value, the
+    optimizer's momentum is dropped, and the parameter schedulers restart: every stage is a full schedule, so the
+    schedulers of the config describe one stage.
 
     Args:
-        restart_schedule: start the schedule anew at every stage.
+        restart_schedule: restart the schedule at every stage.
 
     Raises:
         TypeError: the runner's model is no KDOpsDistilledDetector.
         ValueError: a stage or a schedule is measured in epochs and the loop does not count them.
     """
 
-    # Behind EMAHook, which exchanges averaged and raw weights in checkpoints.
+    # After EMAHook, which swaps averaged and raw weights in checkpoints.
     priority = "LOWEST"
 
     def __init__(self, restart_schedule: bool = True) -> None:
@@ -66,7 +66,7 @@ class KDOpsDistillHook(Hook):
                 f"KDOpsDistillHook: {', '.join(model.in_epochs)}: epochs never come under "
                 f"{type(runner.train_loop).__name__}, which does not count them; give steps"
             )
-        # A run that is resumed in a later stage: EMAHook has made its copy in the first.
+        # A run that is resumed in a later stage: EMAHook copied the model in the first.
         if getattr(model.distiller, "stage", 0) > 0:
             _averages_follow(runner, model)
 
@@ -74,7 +74,7 @@ class KDOpsDistillHook(Hook):
         self._follow(runner, lambda distiller: distiller.set_epoch(runner.epoch))
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        # With accumulated gradients, not every iteration is a step.
+        # With gradient accumulation, not every iteration is a step.
         if (runner.iter + 1) % getattr(runner.optim_wrapper, "_accumulative_counts", 1) == 0:
             self._follow(runner, lambda distiller: distiller.step())
 
@@ -82,7 +82,7 @@ class KDOpsDistillHook(Hook):
         state, average = checkpoint["state_dict"], checkpoint.get("ema_state_dict", {})
         own = {key: state.pop(key) for key in list(state) if key.startswith("distiller.")}
         for key in own:
-            own[key] = average.pop("module." + key, own[key])  # EMAHook has put the raw values there
+            own[key] = average.pop("module." + key, own[key])  # EMAHook has swapped in the raw values
         checkpoint["distiller"] = {key[len("distiller."):]: value for key, value in own.items()}
         note_student_config(runner, checkpoint)
 
@@ -116,12 +116,12 @@ def _averages_follow(runner: Runner, model: KDOpsDistilledDetector) -> None:
 
 
 class _Start:
-    """The schedule as it stands before the first step (and before a resume), to begin anew from."""
+    """The schedule as it is before the first step (and before a resume), to restart from."""
 
     def __init__(self, runner: Runner) -> None:
         self.schedulers = [copy.deepcopy(scheduler.state_dict()) for scheduler in runner.param_schedulers or ()]
         group = runner.optim_wrapper.optimizer.param_groups[0]
-        # A warm-up has set the first values already, by factors that are the same for all groups.
+        # A warm-up has already set the first values, by factors that are the same for all groups.
         self.factors = {
             name[len("initial_"):]: group[name[len("initial_"):]] / group[name]
             for name in group if name.startswith("initial_") and group[name]
@@ -141,7 +141,7 @@ class _Start:
 class KDOpsStopHook(StopHook):
     """Ends the distillation of a KDOpsDistilledDetector at an epoch or an iteration.
 
-    From then on a step costs what the student alone costs: the teacher is freed, the layers' hooks are off. Together
+    Afterwards a step costs as much as the student alone: the teacher is freed, the layers' hooks are removed. Together
     with mmdet's PipelineSwitchHook at the same epoch this is RTMDet's second stage.
 
     Args:
@@ -153,8 +153,8 @@ class KDOpsStopHook(StopHook):
         ValueError, TypeError: as `StopHook`; TypeError if the runner's model is no KDOpsDistilledDetector.
     """
 
-    # The distiller's parameters are in no bucket of DistributedDataParallel.
-    wraps_anew = False
+    # No bucket of DistributedDataParallel contains the distiller's parameters.
+    rewraps = False
 
     def before_run(self, runner: Runner) -> None:
         distilled_detector("KDOpsStopHook", runner)

@@ -1,4 +1,4 @@
-"""What the MMRazor and the MMDetection integrations share: the parts of mmengine's runner that distillation touches."""
+"""Shared by the MMRazor and the MMDetection integrations: hooks for mmengine's Runner."""
 from .checkpoints import KDOpsStudentCheckpointHook
 from .stop import StopHook
 

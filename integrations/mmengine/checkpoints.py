@@ -20,16 +20,16 @@ class KDOpsStudentCheckpointHook(Hook):
     """Leaves the teacher out of every checkpoint, and writes the student alone at the end of training.
 
     The last file is ``{stem}_student.pth`` beside the last checkpoint. It holds the plain network's keys and ``meta``
-    and tests with the student's own config, which is in ``meta`` too, for inferencers that take it from there; where
-    an EMAHook is at work it has the averaged weights, as the checkpoint itself has. A run is resumed from checkpoints
-    without the teacher as long as the config brings the teacher's weights (``teacher_ckpt``).
+    and loads with the student's own config, which is in ``meta`` too, for inferencers that read it from there. With an
+    EMAHook it has the averaged weights, as the checkpoint itself has. A run can be resumed from checkpoints without the
+    teacher if the config provides the teacher's weights (``teacher_ckpt``).
 
     Args:
         drop: prefixes of state-dict keys to leave out of every checkpoint.
         write_student: write the student's own file at the end.
     """
 
-    # Behind EMAHook (NORMAL), which exchanges averaged and raw weights, and behind CheckpointHook (VERY_LOW).
+    # After EMAHook (NORMAL), which swaps averaged and raw weights, and after CheckpointHook (VERY_LOW).
     priority = "LOWEST"
 
     def __init__(self, drop: Sequence[str] = ("teacher.",), write_student: bool = True) -> None:
@@ -55,6 +55,6 @@ class KDOpsStudentCheckpointHook(Hook):
                 logger=runner.logger, level=logging.WARNING)
             return
         stem, _ = os.path.splitext(last)
-        # The file was written by this very run, so its pickle is trusted.
+        # The file was written by this run, so its pickle is trusted.
         report = student_checkpoint(last, f"{stem}_student.pth", force=True, allow_pickle=True)
         print_log(f"kdops: {report}", logger=runner.logger, level=logging.INFO)

@@ -1,4 +1,4 @@
-"""Ends distillation in the middle of a run of mmengine's Runner, and frees what it held."""
+"""Ends distillation during a run of mmengine's Runner, and frees its memory."""
 from __future__ import annotations
 
 import gc
@@ -12,15 +12,15 @@ from mmengine.runner import IterBasedTrainLoop, Runner
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-# Marks a checkpoint that was written after distillation ended.
+# Marks a checkpoint that was written after distillation had ended.
 STOPPED_KEY = "kdops_distillation_stopped"
 
 
 class StopHook(Hook):
-    """Ends distillation at an epoch or an iteration, and survives resume.
+    """Ends distillation at an epoch or an iteration; a resumed run stays stopped.
 
-    Subclasses say in `stop_model` how one model stops. It is called for the runner's model and for the copy that an
-    EMAHook keeps; afterwards a DistributedDataParallel wrapper is made anew, so that what is gone is in no bucket and
+    Subclasses implement `stop_model`, which is called for the runner's model and for the copy of an EMAHook. The model
+    is then wrapped by DistributedDataParallel again, so that no bucket contains what was dropped and
     ``find_unused_parameters`` is not needed.
 
     Args:
@@ -34,8 +34,8 @@ class StopHook(Hook):
     """
 
     priority = "LOW"
-    #: Whether what is dropped was in the buckets of DistributedDataParallel.
-    wraps_anew = True
+    #: Whether the buckets of DistributedDataParallel contained what is dropped.
+    rewraps = True
 
     def __init__(
         self, stop_epoch: int | None = None, detach_epoch: int | None = None, stop_iter: int | None = None
@@ -60,7 +60,7 @@ class StopHook(Hook):
         raise NotImplementedError
 
     def before_train(self, runner: Runner) -> None:
-        """Refuse a stop that would never come."""
+        """Raise for a stop that would never happen."""
         if self.stop_epoch is not None and isinstance(runner.train_loop, IterBasedTrainLoop):
             raise ValueError(
                 f"{type(self).__name__}: stop_epoch={self.stop_epoch} never comes under "
@@ -79,13 +79,13 @@ class StopHook(Hook):
         checkpoint["meta"][STOPPED_KEY] = self.stopped
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        """Stop at once when resuming a run that had stopped: its checkpoint holds no connectors."""
+        """Stop at once when resuming a run that had stopped: its checkpoint has no connectors."""
         if runner._resume and checkpoint.get("meta", {}).get(STOPPED_KEY, False):
-            # The loop does not know yet where it will go on.
+            # The loop does not know yet where it will resume.
             self.stop(runner, "Distillation had been stopped when the checkpoint was written, and stays so")
 
     def stop(self, runner: Runner, message: str | None = None) -> None:
-        """End distillation now and log it, in other words if given; does nothing the second time."""
+        """End distillation now and log it, with another message if given; does nothing the second time."""
         if self.stopped:
             return
         self.stopped = True
@@ -95,10 +95,10 @@ class StopHook(Hook):
         for hook in runner.hooks:
             if isinstance(hook, EMAHook) and hasattr(hook, "ema_model"):
                 self._stop_average(hook.ema_model)
-        if self.wraps_anew and isinstance(wrapper, DistributedDataParallel):
+        if self.rewraps and isinstance(wrapper, DistributedDataParallel):
             runner.model = None
             del wrapper
-            gc.collect()  # the old reducer's hooks on the parameters go with it
+            gc.collect()  # removes the old reducer's hooks on the parameters
             runner.model = runner.wrap_model(runner.cfg.get("model_wrapper_cfg"), model)
         forget_logged(runner)
         message = message or f"Distillation has been stopped at iteration {runner.iter}"
@@ -113,15 +113,15 @@ class StopHook(Hook):
 
 
 def forget_logged(runner: Runner) -> None:
-    """mmengine goes on logging the last value of a loss that no longer comes: it would look like distillation."""
+    """Remove the last values of the distillation losses, which mmengine would log on as if distillation continued."""
     hub = runner.message_hub
     for name in [name for name in hub.log_scalars if name.startswith("train/distill.")]:
         del hub.log_scalars[name]
-        hub._resumed_keys.pop(name, None)  # or a resume warns that it misses the name
+        hub._resumed_keys.pop(name, None)  # or a resumed run warns about the missing name
 
 
 def release_storage(module: nn.Module) -> None:
-    """Free the memory of a module's parameters and buffers wherever else they are referred to.
+    """Free the memory of a module's parameters and buffers even if they are referenced elsewhere.
 
     An optimizer built from the whole model lists the teacher's parameters too. They stay in its groups, empty, so
     that its state dict keeps the shape that a resume expects.

@@ -12,29 +12,29 @@ from mmengine.runner import Runner
 
 from kdops.distill.checkpoints import STUDENT_CONFIG
 
-#: Under which name a model's config has the student's: KDOpsDistilledDetector's, and that of MMRazor's algorithms.
+#: The keys of the student's config in a model's config: of KDOpsDistilledDetector, and of MMRazor's algorithms.
 STUDENT_NAMES = ("student", "architecture")
-#: Packages that only distillation imports, and hooks and loops that only it can use.
+#: Packages, hooks and loops that only distillation uses.
 IMPORTS = ("kdops", "mmrazor")
 HOOKS = ("StopDistillHook",)
 VAL_LOOPS = {"SingleTeacherDistillValLoop": "ValLoop"}
 
 
 def note_student_config(runner: Runner, checkpoint: dict) -> None:
-    """Put the student's own config beside the run's in a checkpoint's meta, where the run's has a student in it."""
+    """Add the student's own config to a checkpoint's meta, if the run's config has a student."""
     plain = student_config(runner.cfg)
     if plain is not None:
         checkpoint["meta"][STUDENT_CONFIG] = plain.pretty_text
 
 
 def student_config(cfg: Config) -> Config | None:
-    """The config of the student alone: the same data, evaluation and schedule, and nothing of distillation.
+    """The config of the student alone: the same data, evaluation and schedule, without distillation.
 
     Args:
         cfg: config of a run. Not changed.
 
     Returns:
-        The student's config; None where the run's model has no student of which there is a config.
+        The student's config; None if the run's model has no student with a config.
     """
     plain = copy.deepcopy(cfg)
     model = _student(plain.get("model"))

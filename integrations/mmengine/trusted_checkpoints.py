@@ -1,10 +1,10 @@
-"""Importing this module lets mmengine read checkpoint files that hold more than tensors: for files that you trust.
+"""Importing this module lets mmengine load checkpoints that contain more than tensors: only for files that you trust.
 
     custom_imports = dict(imports=[..., "kdops.integrations.mmengine.trusted_checkpoints"])
 
-Since PyTorch 2.6 torch.load reads tensors and plain values only, and mmengine 0.10 does not ask it for more. What its
-Runner saves holds the log's HistoryBuffers, so no run could be resumed, nor old checkpoints be loaded. Such a file can
-run any code when it is read, which is why this is asked for and not a default. Downloads are read as before.
+Since PyTorch 2.6 torch.load reads only tensors and plain values by default, and mmengine 0.10 uses the default. Its
+Runner saves the log's HistoryBuffers as well, so neither runs could be resumed nor old checkpoints loaded. Such a file
+can run arbitrary code when it is loaded, so this is opt-in. Downloads are read as before.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mmengine.runner import CheckpointLoader
 
 
 def load_trusted(filename: str, map_location: Any = None) -> Any:
-    """Read a local checkpoint with all that its pickle holds."""
+    """Load a local checkpoint with its whole pickle."""
     return torch.load(filename, map_location=map_location, weights_only=False)
 
 

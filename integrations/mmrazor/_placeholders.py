@@ -1,7 +1,7 @@
-"""Lets MMRazor import on a PyTorch whose quantization names it no longer finds.
+"""Makes MMRazor importable on a PyTorch that lacks the quantization names it imports.
 
 MMRazor 1.0.0 imports its quantization packages together with everything else, and those use names that PyTorch
-has dropped. Distillation needs none of them.
+has removed. Distillation needs none of them.
 """
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EXPORTS = {
 }
 # MMRazor's loops call these when they are imported, for the names of what was registered.
 CALLED_ON_IMPORT = ("register_torch_fake_quants", "register_torch_observers")
-# Names that a config may ask for by `type=`.
+# Names that a config may use as `type=`.
 REGISTERED = (
     "AcademicQuantizer", "TorchNativeQuantizer", "TensorRTQuantizer", "OpenVINOQuantizer",
     "LearnableFakeQuantize", "LSQObserver", "LSQPerChannelObserver",
@@ -43,7 +43,7 @@ REGISTERED = (
 
 
 def import_mmrazor() -> bool:
-    """Import mmrazor.models and mmrazor.engine, with placeholders for quantization if that alone is what fails.
+    """Import mmrazor.models and mmrazor.engine, with placeholders for quantization if only that fails.
 
     Returns:
         True if placeholders were needed, False if MMRazor imported as it is.

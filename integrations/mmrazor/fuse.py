@@ -29,7 +29,7 @@ Cfg = Union[Config, ConfigDict, dict]
 
 @dataclass
 class FuseReport:
-    """What `fuse` did: names of distillation losses it rewrote, and those it left, each with the reason."""
+    """The result of `fuse`: the names of losses that it rewrote, and of those that it left, each with the reason."""
 
     fused: list[str] = field(default_factory=list)
     left: dict[str, str] = field(default_factory=dict)
@@ -43,18 +43,17 @@ class FuseReport:
 def fuse(cfg: Cfg) -> tuple[Cfg, FuseReport]:
     """Rewrite the normalise-then-CWD pattern of a config into a plain connector and the fused normalising loss.
 
-    Values, gradients and state-dict keys stay the same; the normalised maps and the softmax maps are never written.
+    Values, gradients and state-dict keys stay the same; the normalised maps and the softmax maps are never stored.
 
     Args:
         cfg: a whole config (with ``model.distiller``), a model config (with ``distiller``), or the config of a
             ConfigurableDistiller. Not changed.
 
     Returns:
-        A rewritten copy of ``cfg``, and a report of what was rewritten and what was left and why; the report is
-        also logged.
+        A rewritten copy of ``cfg``, and a report of what was rewritten, what was left and why, which is also logged.
 
     Raises:
-        ValueError: ``cfg`` holds no distiller.
+        ValueError: ``cfg`` has no distiller.
     """
     cfg = copy.deepcopy(cfg)
     report = _fuse_distiller(_find_distiller(cfg))
@@ -67,7 +66,7 @@ class KDOpsDistiller(ConfigurableDistiller):
     """MMRazor's ConfigurableDistiller that applies `fuse` to its own config.
 
     The command-line form of `fuse`: ``--cfg-options model.distiller.type=KDOpsDistiller``. A config without losses, or
-    one that MMRazor refuses, goes to MMRazor as it is.
+    one that MMRazor rejects, is passed to MMRazor unchanged.
     """
 
     def __init__(self, **kwargs: Any) -> None:
@@ -75,7 +74,7 @@ class KDOpsDistiller(ConfigurableDistiller):
 
 
 def _well_formed(cfg: Mapping) -> bool:
-    """Whether there are losses, and mappings to read: MMRazor's distiller says in its own words what it misses."""
+    """Whether there are losses and mappings to read; if not, MMRazor's distiller raises its own error."""
     mappings = cfg.get("loss_forward_mappings") or {}
     if not isinstance(cfg.get("distill_losses"), Mapping) or not isinstance(mappings, Mapping):
         return False
@@ -86,9 +85,9 @@ def _well_formed(cfg: Mapping) -> bool:
 
 
 def fuse_in_place(distiller: ConfigurableDistiller, cfg: Cfg) -> FuseReport:
-    """Give a distiller that is built already the form that `fuse` gives its config.
+    """Rewrite a distiller that is already built as `fuse` rewrites its config.
 
-    Connectors keep their Parameter objects, so that an optimizer, or DistributedDataParallel, that knows them goes on.
+    Connectors keep their Parameter objects, so an optimizer or DistributedDataParallel that refers to them still works.
     No random number is drawn.
 
     Args:
@@ -99,7 +98,7 @@ def fuse_in_place(distiller: ConfigurableDistiller, cfg: Cfg) -> FuseReport:
         The report of `fuse`, which is also logged.
 
     Raises:
-        ValueError: ``cfg`` holds no distiller, or the connectors of another one.
+        ValueError: ``cfg`` has no distiller, or the connectors of another one.
     """
     cfg = _with_synchronised_norms(_find_distiller(cfg), distiller)
     fused, report = fuse(cfg)
@@ -117,7 +116,7 @@ def fuse_in_place(distiller: ConfigurableDistiller, cfg: Cfg) -> FuseReport:
 
 
 def _with_synchronised_norms(cfg: Cfg, distiller: ConfigurableDistiller) -> Cfg:
-    """A copy of the config that says which norms mmengine's ``sync_bn=`` has exchanged in the model."""
+    """A copy of the config with the norms that mmengine's ``sync_bn=`` has replaced in the model."""
     cfg = copy.deepcopy(cfg)
     connectors = cfg.get("connectors") or {}
     if set(connectors) != set(distiller.connectors):
@@ -133,13 +132,13 @@ def _with_synchronised_norms(cfg: Cfg, distiller: ConfigurableDistiller) -> Cfg:
 
 
 def _build_on_meta(cfg: Cfg) -> nn.Module:
-    """A module whose parameters have no values yet: these are neither allocated nor drawn."""
+    """A module on the meta device: its parameters are neither allocated nor initialised."""
     with device("meta"):
         return MODELS.build({**cfg, "_scope_": "mmrazor"})
 
 
 def _share_parameters(source: nn.Module, target: nn.Module) -> None:
-    """Put the Parameter objects of a module in the places of the same names in another."""
+    """Replace a module's parameters by the Parameter objects of the same names in another."""
     for name, parameter in source.named_parameters():
         path, _, leaf = name.rpartition(".")
         setattr(target.get_submodule(path), leaf, parameter)
@@ -176,11 +175,11 @@ def _fuse_distiller(distiller: Cfg) -> FuseReport:
 
 
 class _NoMatch(Exception):
-    """Why a loss is not of the pattern."""
+    """Why a loss does not match the pattern."""
 
 
 def _matched_eps(loss: Cfg, mapping: Cfg | None, connectors: Cfg) -> float:
-    """The eps of the pair of norms that feeds a CWD loss; raises _NoMatch if it is not the pattern."""
+    """The eps of the pair of norms that feeds a CWD loss; raises _NoMatch if it does not match."""
     if _type_name(loss) not in CWD_TYPES:
         raise _NoMatch(f"its type is {loss['type']}, not one of {', '.join(CWD_TYPES)}")
     if loss.get("norm") is not None:
@@ -229,7 +228,7 @@ def _connector_users(mappings: Cfg) -> dict[str, set[str]]:
 def _drop_shared_with_others(
     eps_of: dict[str, float], mappings: Cfg, users: dict[str, set[str]], report: FuseReport
 ) -> None:
-    """Leave the losses whose connector also feeds a loss that is left: that one still needs the norm."""
+    """Leave losses whose connector also feeds a loss that was left: that one still needs the norm."""
     changed = True
     while changed:
         changed = False
@@ -243,7 +242,7 @@ def _drop_shared_with_others(
 
 
 def _without_norm(connector: Cfg) -> None:
-    """Take the norm out of a ConvModuleConnector config; with a norm, bias="auto" means no bias, so say so."""
+    """Remove the norm from a ConvModuleConnector config; with it, bias="auto" meant no bias, so set that explicitly."""
     if connector.pop("norm_cfg", None) is not None and connector.get("bias", "auto") == "auto":
         connector["bias"] = False
 

@@ -1,4 +1,4 @@
-"""`fuse` for a model that the Runner has built already, as a hook."""
+"""`fuse` as a hook, for a model that the Runner has already built."""
 from __future__ import annotations
 
 import logging
@@ -18,21 +18,21 @@ from .fuse import FuseReport, KDOpsDistiller, fuse_in_place
 class KDOpsFuseHook(Hook):
     """Rewrites the model's distiller as `fuse` rewrites its config, before the run begins.
 
-    The optimizer, which is built before, goes on with the same parameters, and the state dict keeps its keys: a run is
+    The optimizer, which is built earlier, keeps the same parameters, and the state dict keeps its keys: a run can be
     resumed with or without the hook. What was rewritten and what was left is logged, and is in ``report``.
 
     Raises:
         TypeError: the Runner was not built from a config, or its model has no ConfigurableDistiller.
     """
 
-    # In front of EMAHook, which copies the model when the run begins.
+    # Before EMAHook, which copies the model when the run begins.
     priority = "VERY_HIGH"
 
     def __init__(self) -> None:
         self.report: FuseReport | None = None
 
     def before_run(self, runner: Runner) -> None:
-        # The Runner calls this again when it goes on to validate or test.
+        # The Runner calls this again before it validates or tests.
         if self.report is not None:
             return
         cfg = runner.cfg.get("model")

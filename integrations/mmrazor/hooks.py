@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class StoppedTeacher(nn.Module):
-    """Stands where the teacher was: MMRazor's algorithms still call it, and it computes nothing."""
+    """Replaces the teacher: MMRazor's algorithms still call it, but it computes nothing."""
 
     def extract_feat(self, batch_inputs: Tensor) -> tuple:
         return ()
@@ -31,12 +31,12 @@ class KDOpsStopDistillHook(StopHook):
     """MMRazor's `StopDistillHook` that also stops the teacher's forward and frees the teacher and the connectors.
 
     Accepts the spelling of the class (``stop_epoch``) and of the published README (``detach_epoch``), and
-    ``stop_iter``. From then on a step costs what the student alone costs, and neither the model's state dict nor its
-    parameters hold anything but the student; ``find_unused_parameters`` is not needed.
+    ``stop_iter``. Afterwards a step costs as much as the student alone, and the model's state dict and parameters
+    contain only the student; ``find_unused_parameters`` is not needed.
 
-    A teacher that SingleTeacherDistillValLoop validates is kept for it, and only its part in training ends. What
-    ``distill_deliveries`` hand from the teacher to the student, the student computes for itself from then on.
-    An algorithm of another make, without one teacher and a ConfigurableDistiller, is told, as by MMRazor's hook.
+    A teacher that SingleTeacherDistillValLoop validates is kept for it; only its part in training ends. The student
+    then computes itself what ``distill_deliveries`` passed to it from the teacher. Any other algorithm, without a
+    single teacher and a ConfigurableDistiller, only gets its flag set, as by MMRazor's hook.
 
     Args:
         stop_epoch: first epoch (from 0) without distillation.
@@ -70,7 +70,7 @@ class KDOpsStopDistillHook(StopHook):
     def stop_model(self, model: nn.Module) -> None:
         model.distillation_stopped = True
         _forget_records(model.distiller)
-        # The student would wait for what the teacher no longer delivers.
+        # The student would wait for a delivery that no longer comes.
         model.distiller.deliveries = DistillDeliveryManager()
         for parameter in model.distiller.parameters():
             parameter.grad = None
@@ -87,7 +87,7 @@ def _can_be_freed(model: Any) -> bool:
 
 
 def _forget_records(distiller: nn.Module) -> None:
-    """Empty MMRazor's recorders, which keep the last step's maps alive, and record nothing from now on."""
+    """Clear MMRazor's recorders, which keep the last step's maps alive, and disable them."""
     for name in ("student_recorders", "teacher_recorders"):
         for recorder in getattr(distiller, name).recorders.values():
             recorder.reset_data_buffer()
@@ -96,7 +96,7 @@ def _forget_records(distiller: nn.Module) -> None:
 
 @HOOKS.register_module()
 class KDOpsTeacherEvalHook(Hook):
-    """Keeps MMRazor's teacher wholly in eval mode while the student trains.
+    """Keeps MMRazor's whole teacher in eval mode while the student trains.
 
     MMRazor puts the teacher's BatchNorm layers in eval and leaves the rest in training mode, so that the drop-path of
     a Swin teacher, or its dropout, adds noise to what the student learns from.

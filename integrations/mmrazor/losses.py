@@ -13,7 +13,7 @@ class KDOpsChannelWiseDivergence(CWDLoss):
     """MMRazor's `ChannelWiseDivergence` on kdops. See `kdops.cwd_loss` for the formula and the shapes.
 
     Takes any strides (MMRazor's takes contiguous maps only), accumulates in float32 and returns a float32 scalar.
-    The gradient goes to ``preds_S`` alone: a teacher map that requires one is refused.
+    Only ``preds_S`` gets a gradient: a teacher map that requires grad raises.
 
     Args:
         tau: temperature of the softmax, > 0.
@@ -40,7 +40,7 @@ class KDOpsPKDLoss(PKDLoss):
     """MMRazor's `PKDLoss` on kdops. See `kdops.pkd_loss` for the formula and the shapes.
 
     Height and width are both compared before a map is resized (MMRazor's compares heights), and lists of levels of
-    unequal length are refused (MMRazor's takes the shorter).
+    unequal length raise (MMRazor's truncates to the shorter).
 
     Args:
         loss_weight: factor of the loss (published: 6 for two-stage detectors, 10 for one-stage).
@@ -54,7 +54,7 @@ class KDOpsPKDLoss(PKDLoss):
 
 @MODELS.register_module()
 class KDOpsMGDLoss(nn.Module):
-    """MMRazor's `MGDLoss` on kdops, the half of MGD behind the generator. See `kdops.mgd_loss`.
+    """MMRazor's `MGDLoss` on kdops, the half of MGD after the generator. See `kdops.mgd_loss`.
 
     Args:
         alpha_mgd: factor of the loss, a sum over the map divided by the batch size.
@@ -66,7 +66,7 @@ class KDOpsMGDLoss(nn.Module):
         self.alpha_mgd, self.backend = alpha_mgd, backend
 
     def forward(self, preds_S: Tensor, preds_T: Tensor) -> Tensor:
-        """The loss of the generated map ``preds_S`` (gets a gradient) and the teacher's ``preds_T``, a scalar."""
+        """The loss of the generated map ``preds_S``, which gets a gradient, and the teacher's ``preds_T``; a scalar."""
         return mgd_loss(preds_S, preds_T, alpha_mgd=self.alpha_mgd, backend=self.backend)
 
 

@@ -1,4 +1,4 @@
-"""Importing this module takes MMRazor's names over: the form that a config or a command line can ask for.
+"""Importing this module calls `take_over`: the form for a config or a command line.
 
     custom_imports = dict(imports=["kdops.integrations.mmrazor.stock_names"])
 """

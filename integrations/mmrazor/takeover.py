@@ -1,4 +1,4 @@
-"""Lets an untouched MMRazor config run on kdops, by putting kdops classes under MMRazor's names."""
+"""Runs an unmodified MMRazor config on kdops, by registering kdops classes under MMRazor's names."""
 from __future__ import annotations
 
 import logging

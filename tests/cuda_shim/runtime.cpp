@@ -1,5 +1,4 @@
-// A made-up CUDA runtime under csrc/cuda/launch.cu: it answers questions, writes down what is set, and launches
-// nothing.
+// A simulated CUDA runtime for csrc/cuda/launch.cu: it answers queries, records what is set, and launches nothing.
 #include <cuda_runtime_api.h>
 
 #include <atomic>
@@ -27,7 +26,7 @@ void kernel(kdops::cuda::Problem) {}
 extern "C" {
 cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
-const char* cudaGetErrorString(cudaError_t) { return "made-up error"; }
+const char* cudaGetErrorString(cudaError_t) { return "simulated error"; }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
   switch (name) {
     case cudaDevAttrComputeCapabilityMajor: *value = 9; break;
@@ -72,7 +71,7 @@ RUNTIME_EXPORT int runtime_clusters_set() { return runtime.clusters_set; }
 RUNTIME_EXPORT int runtime_launches() { return runtime.launches; }
 RUNTIME_EXPORT int runtime_code_architecture() { return kdops::cuda::code_architecture(kernel); }
 
-// The kind of what a launch threw and its words, or an empty text.
+// The kind and the message of what a launch threw, or an empty string.
 RUNTIME_EXPORT const char* runtime_run(int shared_bytes, int cluster, int cooperative) {
   static thread_local std::string text;
   try {

@@ -1,4 +1,4 @@
-// Fibers for the host shim, and the launches and limits of a made-up device.
+// Fibers for the host shim, and the launches and limits of a simulated device.
 #include <algorithm>
 #include <csetjmp>
 #include <cstdlib>
@@ -18,10 +18,10 @@ namespace kdops::cuda {
 namespace {
 
 constexpr size_t kStackBytes = 64 << 10;
-constexpr int kEndless = 100000;  // rounds of polling in which nobody else goes on
+constexpr int kEndless = 100000;  // rounds of polling without progress
 constexpr unsigned char kPoison = 0xff;  // a NaN in every type
 
-// Runs a launch elsewhere; returns what went wrong, or null.
+// Runs a launch elsewhere; returns an error message, or null.
 using Launcher = const char* (*)(const char* kernel, int blocks, int threads, int shared_bytes, int cluster, int cooperative,
                                  const void* problem, int problem_bytes);
 
@@ -157,7 +157,7 @@ Fiber* pick() {
   return fiber;
 }
 
-// Those who poll memory go on once nobody else can.
+// Fibers that poll memory continue once no other fiber can.
 bool anyone_ready() {
   if (machine.ready.size() > (machine.seed ? 0 : machine.next)) return true;
   machine.ready.swap(machine.polling);
@@ -231,7 +231,7 @@ void run_elsewhere(Kernel kernel, const Launch& l, const Problem& problem) {
 
 }  // namespace
 
-// ---- what kernels ask for -------------------------------------------------------------------------------------------
+// ---- functions for the kernels --------------------------------------------------------------------------------------
 namespace device {
 
 int thread() { return machine.current->thread; }
@@ -328,14 +328,14 @@ void count_store(int bytes) { machine.stored += bytes; }
 
 }  // namespace device
 
-// ---- what the host side asks for ------------------------------------------------------------------------------------
+// ---- functions for the host side ------------------------------------------------------------------------------------
 const Device& device_limits() { return machine.limits; }
 int code_architecture(Kernel) { return machine.code; }
 
 int resident_blocks(Kernel, int threads, int shared_bytes) {
   const Device& d = machine.limits;
   if (shared_bytes > d.shared_per_block) return 0;
-  // Only kernels of whole channels are asked for; their registers follow from their launch bounds.
+  // Only queried for kernels of whole channels; their registers follow from their launch bounds.
   return std::min({2048 / threads, kChannelBlocks, d.shared_per_multiprocessor / (shared_bytes + 1024)});
 }
 

@@ -1,5 +1,5 @@
-// The machine of the CUDA kernels on a CPU: the threads of a block are fibers that take turns on one thread. It proves
-// arithmetic, indexing and where barriers are needed (any order of turns must give the same bits); not speed.
+// The device functions of the CUDA kernels on a CPU: the threads of a block are fibers on one thread. This tests
+// arithmetic, indexing and barriers (any order of fibers must give the same bits), not speed.
 #pragma once
 
 #include <cmath>
@@ -33,7 +33,7 @@ void arrive(unsigned* counter);
 void wait_for(const unsigned* counter, unsigned count);
 inline float load_shared_between_blocks(const float* p) { return *p; }
 inline void store_shared_between_blocks(float* p, float x) { *p = x; }
-// Nothing is there before it has been waited for.
+// The data arrives only when it is waited for.
 void copy_16_async(void* shared, const void* global);
 void close_copy_group();
 void wait_for_copies(int open);

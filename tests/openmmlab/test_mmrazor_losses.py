@@ -125,7 +125,7 @@ def distill_config(name):
 
 
 def one_step(cfg):
-    """Build from a fixed seed, take one optimiser step; returns the model and the losses before and after it."""
+    """Build from a fixed seed, take one optimizer step; returns the model and the losses before and after it."""
     model = recipes.build(cfg.model, scope="mmdet")
     optim_wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     logs = []

@@ -1,5 +1,5 @@
 # MTPD: Mask R-CNN R-50 taught by Cascade Mask R-CNN R-50-DCN, then X-101-DCN.
-# Each stage is a full 1x schedule, which KDOpsDistillHook starts anew.
+# Each stage is a full 1x schedule, which KDOpsDistillHook restarts.
 _base_ = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"
 custom_imports = dict(imports=["kdops.integrations.mmdet"])
 

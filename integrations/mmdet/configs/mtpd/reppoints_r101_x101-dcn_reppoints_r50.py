@@ -1,5 +1,5 @@
 # MTPD: RepPoints R-50 taught by RepPoints R-101, then X-101-DCN.
-# Each stage is a full 1x schedule, which KDOpsDistillHook starts anew.
+# Each stage is a full 1x schedule, which KDOpsDistillHook restarts.
 _base_ = "mmdet::reppoints/reppoints-moment_r50_fpn-gn_head-gn_1x_coco.py"
 custom_imports = dict(imports=["kdops.integrations.mmdet"])
 

@@ -1,5 +1,5 @@
 # MTPD: RetinaNet R-50 taught by RetinaNet R-101, then X-101.
-# Each stage is a full 1x schedule, which KDOpsDistillHook starts anew.
+# Each stage is a full 1x schedule, which KDOpsDistillHook restarts.
 _base_ = "mmdet::retinanet/retinanet_r50_fpn_1x_coco.py"
 custom_imports = dict(imports=["kdops.integrations.mmdet"])
 
