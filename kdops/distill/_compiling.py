@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from kdops.distill.teacher_options import first_line
+
 __all__ = ["WHOLE", "CompiledParts"]
 
 logger = logging.getLogger("kdops")
@@ -78,7 +80,7 @@ class CompiledParts:
 
     def gave_up(self, part: _Part, error: Exception) -> None:
         """Go on with the parts of a part that was refused."""
-        self.refused[part.name] = _first_line(error)
+        self.refused[part.name] = first_line(error)
         logger.info("kdops: the teacher's part '%s' is not compiled: %s", part.name, self.refused[part.name])
         if not _of_the_compiler(error):
             self._take_parts_of(self._network if part.module is None else part.module)
@@ -188,7 +190,3 @@ def _worthwhile(module: nn.Module) -> bool:
 def _of_the_compiler(error: Exception) -> bool:
     """Whether the compiler itself fails, as without a C++ compiler, so that it would fail in every part."""
     return any(kind.__name__ in ("BackendCompilerFailed", "InductorError") for kind in type(error).__mro__)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -19,6 +19,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from kdops.distill._capture import inert
 from kdops.distill._copying import copy_sharing_tensors, hooks_of
+from kdops.distill.teacher_options import first_line
 
 __all__ = ["fold_batch_norms"]
 
@@ -91,7 +92,7 @@ def _trace(module: nn.Module, names: dict[nn.Module, str], uses: _Uses) -> None:
     try:
         graph = _Tracer().trace(module, concrete_args=_defaults(module))
     except Exception as error:  # the code of a network may fail in any way when it is given proxies
-        why = f"{type(module).__name__} '{names[module]}', which calls it, cannot be traced ({_first_line(error)})"
+        why = f"{type(module).__name__} '{names[module]}', which calls it, cannot be traced ({first_line(error)})"
         for child in module.children():
             if _is_convolution(child) or _is_batch_norm(child):
                 uses.behind.setdefault(names[child], set()).add(None)
@@ -178,7 +179,3 @@ def _without_hooks(network: nn.Module) -> nn.Module:
 
 def _inside(name: str, layer: str) -> bool:
     return not layer or name == layer or name.startswith(layer + ".")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

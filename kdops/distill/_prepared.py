@@ -65,7 +65,7 @@ class Prepared(Frozen):
         return self._run(call, args, kwargs)
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change all tensors of the network; what was compiled for the old ones is compiled anew."""
+        """Change all tensors of the network; what was compiled for the old ones is compiled again."""
         self._drop_parts()
         super().apply(change)
 

@@ -160,7 +160,7 @@ class Distiller(nn.Module):
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Finished optimiser steps and epochs."""
+        """Finished optimizer steps and epochs."""
         return self._step, self._epoch
 
     def loss(self) -> DistillLoss:
@@ -223,7 +223,7 @@ class Distiller(nn.Module):
         return self
 
     def step(self) -> None:
-        """Tell that an optimiser step is done: moves the weight's schedule on, and ends distillation by step."""
+        """Record a finished optimizer step: moves the weight's schedule on, and ends distillation by step."""
         self._step += 1
         self._stop_if_due()
 

@@ -31,9 +31,9 @@ class Stage:
         teacher: the trained network, or a function without arguments that loads it. Only a function frees the memory
             of the teachers before and keeps later ones off the device: whoever made a module may still hold it.
         taps: the layers that are compared. Their losses and align modules are copied when the stage begins, so align
-            layers and generators start anew in every stage, also where two stages name the same ones.
+            layers and generators are reset in every stage, also where two stages name the same ones.
         epochs: length in epochs.
-        steps: length in optimiser steps; give one of the two. Only the last stage may have neither: it never ends.
+        steps: length in optimizer steps; give one of the two. Only the last stage may have neither: it never ends.
         weight: factor of the stage's terms, a number or a schedule that counts from the stage's beginning.
     """
 
@@ -57,7 +57,7 @@ class Stage:
 class ProgressiveDistillation(nn.Module):
     """A sequence of teachers for one student, each with its own taps and length. Used like a `Distiller`.
 
-    Between two stages the student's weights carry on; align layers and generators start anew, the optimizer's state of
+    Between two stages the student's weights carry on; align layers and generators are reset, the optimizer's state of
     the old ones goes, and the old teacher is freed before the next is loaded. Behind the last stage distillation ends
     as with `StopDistillation`. Learning rates are the trainer's: MTPD runs a full schedule per stage, see
     ``on_stage``::
@@ -140,7 +140,7 @@ class ProgressiveDistillation(nn.Module):
 
     @property
     def progress(self) -> tuple[int, int]:
-        """Finished optimiser steps and epochs, of all stages."""
+        """Finished optimizer steps and epochs, of all stages."""
         return self._step, self._epoch
 
     def loss(self) -> DistillLoss:
@@ -159,7 +159,7 @@ class ProgressiveDistillation(nn.Module):
         return self
 
     def step(self) -> None:
-        """Tell that an optimiser step is done."""
+        """Record a finished optimizer step."""
         self._step += 1
         self.distiller.step()
         self._follow()

@@ -22,7 +22,7 @@ __all__ = [
 class WeightSchedule:
     """A factor of the losses that depends on how far training has come.
 
-    Called with ``step``, the number of finished optimiser steps, and ``epoch``, the number of finished epochs, it
+    Called with ``step``, the number of finished optimizer steps, and ``epoch``, the number of finished epochs, it
     returns the factor for the next step. A schedule holds no state, so it needs nothing in a checkpoint.
     """
 
@@ -68,7 +68,7 @@ class LinearWeight(_Ramp):
     Args:
         start: factor of the first step.
         end: factor from step T on.
-        steps: T in optimiser steps.
+        steps: T in optimizer steps.
         epochs: T in epochs, the factor changing once an epoch; give one of the two.
     """
 
@@ -87,7 +87,7 @@ class CosineWeight(_Ramp):
     Args:
         start: factor of the first step.
         end: factor from step T on.
-        steps: T in optimiser steps.
+        steps: T in optimizer steps.
         epochs: T in epochs, the factor changing once an epoch; give one of the two.
     """
 
@@ -105,7 +105,7 @@ class WarmupWeight(WeightSchedule):
 
     Args:
         after: the schedule, or the number, that is warmed up to.
-        steps: length of the warm-up in optimiser steps.
+        steps: length of the warm-up in optimizer steps.
     """
 
     after: float | WeightSchedule = 1.0
@@ -130,7 +130,7 @@ class StopDistillation:
 
     Args:
         epoch: number of epochs with distillation: ``distiller.set_epoch(epoch)`` ends it.
-        step: number of optimiser steps with distillation: the ``distiller.step()`` that makes them full ends it. Give
+        step: number of optimizer steps with distillation: the ``distiller.step()`` that makes them full ends it. Give
             one of the two.
         callback: called once with the Distiller in the moment of stopping, and again when a run is resumed behind it
             (a new process has its augmentation on again): the place to turn mosaic off.

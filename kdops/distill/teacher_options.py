@@ -113,3 +113,8 @@ def relative_difference(value: Tensor, expected: Tensor) -> float:
     expected = expected.double()
     difference, norm = (value.double() - expected).norm().item(), expected.norm().item()
     return difference / norm if norm else (0.0 if difference == 0 else float("inf"))
+
+
+def first_line(error: Exception) -> str:
+    """An exception as a reason in the report."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -55,7 +55,7 @@ def make_distiller(
     steps: int,
     options: TeacherOptions | None = None,
 ) -> Distiller:
-    """``steps``: optimiser steps of the whole phase."""
+    """``steps``: optimizer steps of the whole phase."""
     return Distiller(
         student,
         teacher,

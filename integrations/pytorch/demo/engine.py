@@ -151,7 +151,7 @@ class _PhaseTrainer:
         self._record(stage, epoch, values, rates, busy, time.perf_counter() - start)
 
     def _step(self, images: list[Tensor], targets: list[dict[str, Tensor]]) -> Tensor:
-        """One optimiser step; returns the detection loss and the distillation loss, detached."""
+        """One optimizer step; returns the detection loss and the distillation loss, detached."""
         device, dtype = self.trainer.device, AMP_DTYPES.get(self.settings.amp)
         images = [image.to(device, non_blocking=True) for image in images]
         targets = [{key: value.to(device, non_blocking=True) for key, value in t.items()} for t in targets]

@@ -111,7 +111,7 @@ def _group_norm(channels: int) -> nn.Module:
 
 
 def save_student(path: Path, model: nn.Module, config: DetectorConfig, meta: dict[str, Any]) -> None:
-    """The student alone, as ``{"model": state_dict, "meta": {...}}``: no teacher, no align layer, no optimiser."""
+    """The student alone, as ``{"model": state_dict, "meta": {...}}``: no teacher, no align layer, no optimizer."""
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     save_checkpoint(path, {"model": weights, "meta": {**meta, "detector": asdict(config)}})
 
