@@ -10,18 +10,20 @@ All but cpu are chosen before anything imports triton, one to a process.
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from judge import Backend, Miss, judge, operators, public
 from random_calls import DTYPES, LOSSES, Call, Inputs, Level, View
 from torch import Tensor
+from triton_interpreter import launcher
+
+from kdops._cuda import Path
 
 OPERATORS = ("cwd_loss", "pkd_loss", "mgd_loss")
 NAMES = ("cpu", "interpreter", *(f"{kind}{a}" for kind in ("triton", "cuda") for a in (80, 90, 100)))
@@ -72,24 +74,22 @@ def choose(name: str) -> Choice:
     kind, architecture = re.fullmatch(r"([a-z]+)(\d+)", name).groups()
     from ptx import mode
 
-    if mode.architecture is None:
-        mode.start(int(architecture), {})
+    mode.start(int(architecture), {})
     if kind == "triton":
         return Choice(operators(triton_launcher))
     return Choice(cuda, ("cwd_loss", "pkd_loss"), adapt=as_detectors_have_it)
 
 
-def triton_launcher(loss: str) -> SimpleNamespace:
+def triton_launcher(loss: str) -> Any:
     """Forward and backward of the Triton kernels; launches of the previous call are dropped."""
     from ptx import mode
 
     mode.forget()
-    module = importlib.import_module(f"kdops._triton.{loss}")
-    return SimpleNamespace(forward=module.forward, backward=module.backward)
+    return launcher(loss)
 
 
 def cuda(call: Call, inputs: Inputs, weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """The CUDA kernels on one of the paths that take the call; if there is none, the CPU's."""
+    """The CUDA kernels on one of the paths that take the call, of which there must be one."""
     import cuda_host
 
     shim = cuda_host.shim()
@@ -97,15 +97,14 @@ def cuda(call: Call, inputs: Inputs, weights: list[Tensor]) -> tuple[list[Tensor
     shim.order(call.seed % 8)
     shim.reset()
     maps = [[s.detach() for s in inputs.students], inputs.teachers]
-    paths = [p for p in (1, 2, 3, 4) if not shim.ops.cuda_refusal(call.loss, p, *maps)]
+    refusals = {path: shim.ops.cuda_refusal(call.loss, path, *maps) for path in Path if path != Path.TRITON}
+    paths = [path for path, reason in refusals.items() if not reason]
     if not paths:
-        return public(call, inputs, weights)
+        raise AssertionError(f"no path takes the call: {refusals}")
     path = paths[call.seed % len(paths)]
 
     def find(loss: str) -> SimpleNamespace:
         forward, backward = (getattr(shim.ops, f"{loss}{kind}_cuda") for kind in ("", "_backward"))
-        return SimpleNamespace(
-            forward=lambda *args: forward(*args, path), backward=lambda *args: backward(*args, path)
-        )
+        return SimpleNamespace(forward=lambda *args: forward(*args, path), backward=lambda *args: backward(*args, path))
 
     return operators(find)(call, inputs, weights)

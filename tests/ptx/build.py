@@ -39,16 +39,16 @@ def library(name: str, sources: list[Path], headers: list[Path], flags: list[str
         # Kept by themselves, so that a change of one file is compiled quickly.
         out = cache_folder() / f"{source.stem}-{key_of([source, *headers], *FLAGS, *flags)}.o"
         if not out.exists():
-            _made(out, ["g++", *FLAGS, *flags, "-c", str(source)])
+            made(out, ["g++", *FLAGS, *flags, "-c", str(source)])
         return out
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, sources))
-    _made(target, ["g++", "-shared", *map(str, objects)], link)
+    made(target, ["g++", "-shared", *map(str, objects)], link)
     return target
 
 
-def _made(target: Path, command: list[str], tail: Sequence[str] = ()) -> None:
+def made(target: Path, command: list[str], tail: Sequence[str] = ()) -> None:
     """Runs a compiler; two processes may do so at once."""
     with tempfile.TemporaryDirectory(dir=cache_folder()) as folder:
         part = Path(folder) / target.name

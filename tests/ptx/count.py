@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
-    # The shim's made-up device is an H100: for others its kernels are only compiled.
+    # The shim's simulated device is an H100: for others its kernels are only compiled.
     interpreted = options.architecture if options.backend == "triton" else 90
     mode.start(interpreted, {"count": True, "races": False})
     torch.set_num_threads(1)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import ctypes as C
 import os
 import shutil
-import subprocess
-import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -25,22 +23,8 @@ def _compiled(source: Path, target: str) -> str:
     headers = [p for p in (_ROOT / "csrc").rglob("*.h")]
     out = build.cache_folder() / f"{source.stem}-{target}-{build.key_of([source, *headers])}.ptx"
     if not out.exists():
-        command = [
-            "nvcc",
-            "-ptx",
-            "-std=c++17",
-            "-O3",
-            "-lineinfo",
-            f"-arch={target}",
-            f"-I{_ROOT / 'csrc'}",
-            str(source),
-        ]
-        with tempfile.TemporaryDirectory(dir=build.cache_folder()) as folder:
-            part = Path(folder) / out.name
-            done = subprocess.run([*command, "-o", str(part)], capture_output=True, text=True)
-            if done.returncode:
-                raise RuntimeError(done.stderr)
-            os.replace(part, out)
+        flags = ["-ptx", "-std=c++17", "-O3", "-lineinfo", f"-arch={target}", f"-I{_ROOT / 'csrc'}"]
+        build.made(out, ["nvcc", *flags, str(source)])
     return out.read_text()
 
 
@@ -53,7 +37,7 @@ def texts(target: str) -> list[str]:
 
 @lru_cache(maxsize=1)
 def _entries() -> dict[str, Module]:
-    """Every kernel by its symbol. The made-up device of the shim has clusters, so the target is sm_90 at least."""
+    """Every kernel by its symbol. The simulated device of the shim has clusters, so the target is sm_90 at least."""
     target = "sm_90a" if mode.architecture in (80, 90) else f"sm_{mode.architecture}"
     modules = [Module(text) for text in texts(target)]
     return {entry: module for module in modules for entry in module.entries}

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import csv
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+
+from kdops.files import write_atomically
 
 PATH = Path(__file__).with_name("counters.csv")
 ARCHITECTURES = (80, 90, 100)
@@ -171,11 +172,14 @@ def _row(line: dict[str, str]) -> Row:
 
 def write(rows: Iterable[Row], path: Path = PATH) -> None:
     """Put rows into a file, sorted."""
-    part = path.with_suffix(".part")
-    with part.open("w", newline="") as file:
-        out = csv.writer(file, lineterminator="\n")
-        out.writerow([*Step._fields, "kernel", "compiler", *LIMITS])
-        for row in sorted(rows, key=lambda row: row.key):
-            counters = [f"{row.counters[n]:.10g}" if n in row.counters else "" for n in LIMITS]
-            out.writerow([*row.step, row.kernel, row.compiler, *counters])
-    os.replace(part, path)
+    ordered = sorted(rows, key=lambda row: row.key)
+
+    def fill(part: Path) -> None:
+        with part.open("w", newline="") as file:
+            out = csv.writer(file, lineterminator="\n")
+            out.writerow([*Step._fields, "kernel", "compiler", *LIMITS])
+            for row in ordered:
+                counters = [f"{row.counters[n]:.10g}" if n in row.counters else "" for n in LIMITS]
+                out.writerow([*row.step, row.kernel, row.compiler, *counters])
+
+    write_atomically(path, fill)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from triton_interpreter import run_pytest
 
-from . import mode
+from . import counters, mode
 
 TESTS = Path(__file__).resolve().parent.parent
 TRITON = (
@@ -25,9 +25,9 @@ CUDA = ("test_cuda_paths.py", "test_cuda_precision.py", "ptx/test_rounding.py")
 if mode.architecture is None:
 
     def test_triton_kernels():
-        triton = pytest.importorskip("triton")
-        if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
-            pytest.skip("the driver stands in for a GPU from Triton 3.4 on")
+        reason = counters.missing("triton")
+        if reason:
+            pytest.skip(reason)
         run_pytest("--ptx=90", "--ptx-cases=3", *(str(TESTS / name) for name in TRITON))
 
     @pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
